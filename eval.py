@@ -2,18 +2,17 @@
 
     python eval.py --model tests/tiny --benchmarks arithmetic --limit 64 --show 3
     python eval.py --model runs/X/final --benchmarks gsm8k,my_problems.jsonl --n 8
-    torchrun --nproc_per_node=8 eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --max_new_tokens 3072
+    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8
 
 Samples n completions a problem, grades the last \\boxed{...} of each, and prints a table: accuracy with its standard
-error over problems, pass@k (the chance that one of k is right), mean length in tokens, share cut off at --max_new_tokens,
-share without a box, and gradings stopped at the grader's deadline (they count as wrong).
+error over problems, mean length in tokens, share cut off at --max_new_tokens, share without a box, gradings stopped at
+the grader's deadline (they count as wrong), and pass@k, the chance that one of k completions is right.
 """
 
 import argparse
 import json
 import math
 import os
-import queue
 import random
 import re
 import selectors
@@ -56,15 +55,14 @@ def say(text):
         sys.stdout.flush()
 
 
-def fail(message):
-    """Bad input: one line on rank 0's stderr, and exit code 2."""
+def fail(message, code=2):
+    """End the program: one line on rank 0's stderr, exit code 2 for bad input."""
     if os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
-# ---- Problems
-
+# ---- Problems ----
 
 def arithmetic(split):
     """Generated sums: problems "37+5+81+26?" with answers "149", the same on every machine; split "train" or "test".
@@ -114,8 +112,8 @@ def load_problems(name_or_path, split="train"):
         readable = grader.readable({row["answer"] for row in problems})
     kept = [row for row in problems if row["problem"] and row["answer"] in readable]
     if not kept:
-        fail(f"{name_or_path}: none of {len(rows)} rows has a problem ({problem_column}) and an answer ({answer_column}) "
-             f"that the grader can read; the first answer is {problems[0]['answer'][:80]!r}")
+        fail(f"{name_or_path}: no row of {len(rows)} has a problem ({problem_column}) and an answer ({answer_column}) "
+             f"the grader can read; the first answer is {problems[0]['answer'][:80]!r}")
     if len(kept) < len(rows):
         say(f"{name_or_path}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an unusable answer")
     return kept
@@ -147,22 +145,22 @@ def read_file(path):
     rows = []
     for number, line in enumerate([text] if text.lstrip()[:1] == b"[" else text.splitlines(), start=1):
         try:
-            row = json.loads(line) if line.strip() else []
+            found = json.loads(line) if line.strip() else []
         except (ValueError, RecursionError) as error:
             fail(f"{path}, line {number} is not JSON: {error}")
-        rows += row if isinstance(row, list) else [row]
-        if rows and not isinstance(rows[-1], dict):
+        found = found if isinstance(found, list) else [found]
+        if not all(isinstance(row, dict) for row in found):
             fail(f'{path}, line {number} is no row such as {{"problem": "1+1?", "answer": "2"}}')
+        rows += found
     return rows
 
 
 def read_hub(name, split):
     """Rows of a data set of the hub, or of the hub's cache when there is no network, as dicts."""
-    use_cache_without_network()
     import datasets
 
+    datasets.config.HF_HUB_OFFLINE = use_cache_without_network()
     hub_id, configuration, *splits = HUB.get(name, (name, None, "train", "test"))
-    datasets.config.HF_HUB_OFFLINE = "HF_HUB_OFFLINE" in os.environ
     try:
         rows = datasets.load_dataset(hub_id, configuration, split=splits[split == "test"])
     except Exception as error:  # a dozen kinds, and all mean that the data cannot be had
@@ -175,22 +173,20 @@ def read_hub(name, split):
 
 
 def use_cache_without_network():
-    """The hub's clients retry for a minute without a network: find that out first, and let them use their cache only."""
+    """Whether there is no hub; then its clients, which would retry for a minute, are told to use their cache."""
     from huggingface_hub import constants
 
-    if "HF_HUB_OFFLINE" in os.environ or {"https_proxy", "all_proxy"} & {name.lower() for name in os.environ}:
-        return
-    host, _, port = constants.ENDPOINT.rpartition("//")[2].partition("/")[0].partition(":")
-    try:
-        socket.create_connection((host, int(port or 443)), timeout=5).close()
-    except OSError as error:
-        say(f"the hub cannot be reached ({error}): only what is in its cache can be used")
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
+    if not constants.HF_HUB_OFFLINE and not {"https_proxy", "all_proxy"} & {name.lower() for name in os.environ}:
+        host, _, port = constants.ENDPOINT.rpartition("//")[2].partition("/")[0].partition(":")
+        try:
+            socket.create_connection((host, int(port or 443)), timeout=5).close()
+        except OSError as error:
+            say(f"the hub cannot be reached ({error}): only what is in its cache can be used")
+            constants.HF_HUB_OFFLINE = True
+    return constants.HF_HUB_OFFLINE
 
 
-# ---- Prompts
-
+# ---- Prompts ----
 
 def encode_prompt(tokenizer, problem):
     """Token ids of the prompt: the tokenizer's chat template if it has one, else a plain question and answer."""
@@ -206,7 +202,7 @@ def encode_prompt(tokenizer, problem):
         return tokenizer.apply_chat_template([{"role": "user", "content": f"{SYSTEM}\n\n{problem}"}], **options)
 
 
-# ---- Grading
+# ---- Grading ----
 
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
                          "≤": r"\le ", "≥": r"\ge ", "°": r"^\circ ", "∪": r"\cup ", "\u00a0": " ", "\u202f": " "})
@@ -239,7 +235,7 @@ def clean(text):
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
-    text = re.sub(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
+    text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
     return re.sub(r"(?<!\.)\.$", "", text).strip()
 
 
@@ -268,8 +264,8 @@ def same_number(gold, answer):
 def judge_text(gold, answer):
     """True or False where two cleaned texts decide, None where math-verify has to.
 
-    When the gold is a number, words around a number do no harm ("18 eggs"), and a sum or product that was not carried out
-    is wrong: math-verify takes "37+5+81+26" for 149, and a model in training would learn to repeat the question.
+    Against a number, words around a number do no harm ("18 eggs"), and a sum or product not carried out is wrong:
+    math-verify takes "37+5+81+26" for 149, and a model in training would learn to repeat the question.
     """
     if not gold or not answer or squash(gold) == squash(answer):
         return bool(gold and answer)
@@ -288,9 +284,9 @@ def judge_text(gold, answer):
 class Grader:
     """Grades completions in worker processes, which are killed and replaced at the deadline or the memory limit.
 
-    The answer is what stands in the last \\boxed{...}. A completion without a box is wrong, in training and evaluation
-    alike, since the prompt asks for one; so is an answer absurdly longer than the gold. Workers start when first needed.
-    `timeouts` counts gradings killed at `deadline` seconds, `crashes` those whose worker died otherwise; both are wrong.
+    The answer is what stands in the last \\boxed{...}. A completion without a box is wrong, in training and evaluation,
+    since the prompt asks for one; so is an answer absurdly longer than the gold. Workers start when first needed.
+    `timeouts` counts gradings killed after `deadline` seconds, `crashes` those whose worker died otherwise.
     """
 
     def __init__(self, workers=None, deadline=3.0, memory_gb=2.0):
@@ -301,10 +297,8 @@ class Grader:
         self.timeouts = self.crashes = 0
         self.threads = ThreadPoolExecutor(self.workers)
         self.lock = threading.Lock()
+        self.own = threading.local()  # each thread has a worker of its own
         self.running = set()
-        self.idle = queue.LifoQueue()  # None: a worker that is yet to start; those that run are taken first
-        for _ in range(self.workers):
-            self.idle.put(None)
 
     def __enter__(self):
         return self
@@ -346,22 +340,21 @@ class Grader:
 
     def ask(self, question):
         """A worker's verdict on (gold, answer), or with answer None whether it can read the gold; False if it died."""
-        worker = self.idle.get()
+        worker = getattr(self.own, "worker", None)
+        if worker is None or worker.poll() is not None:
+            worker = self.own.worker = self.start()
         try:
-            if worker is None or worker.poll() is not None:
-                worker = self.start()
             worker.stdin.write(json.dumps(question).encode() + b"\n")
             worker.stdin.flush()
             reply = self.read(worker, self.deadline)
-            if reply not in (b"1\n", b"0\n"):
-                self.stop(worker)
-                worker = None
-                with self.lock:
-                    self.timeouts += reply is None
-                    self.crashes += reply is not None
-            return reply == b"1\n"
-        finally:
-            self.idle.put(worker)
+        except BrokenPipeError:
+            reply = b""
+        if reply not in (b"1\n", b"0\n"):
+            self.stop(worker)
+            with self.lock:
+                self.timeouts += reply is None
+                self.crashes += reply is not None
+        return reply == b"1\n"
 
     def start(self):
         """A new worker, ready: the second that it takes to import sympy is on nobody's deadline."""
@@ -369,7 +362,7 @@ class Grader:
         self.running.add(worker)
         if self.read(worker, 120) != b"ready\n":
             self.stop(worker)
-            raise RuntimeError("the grader's worker did not start (what it said stands above): is math-verify installed?")
+            raise RuntimeError("the grader's worker did not start: is math-verify installed? It said what stands above")
         return worker
 
     def stop(self, worker):
@@ -419,15 +412,14 @@ def work(deadline, memory_gb):
         replies.write(b"1\n" if right else b"0\n")
 
 
-# ---- Evaluation
-
+# ---- Evaluation ----
 
 def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, progress=True):
     """Sample n completions a problem, grade them, and return statistics, the same on every rank of a process group.
 
     sampler(prompt_ids, n, seed, temperature) returns len(prompt_ids) * n completions, those of a prompt together, each
     with `ids` (stop token kept) and `finish` ("stop" or "length"). Each rank takes its share of the problems.
-    Keys: accuracy; standard_error (over problems; nan when there is but one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
+    Keys: accuracy; standard_error (over problems; nan when there is one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
     length (mean tokens); truncated and no_box (shares); grader_timeouts; problems; n; records (a dict a completion).
     """
     distributed = sys.modules.get("torch.distributed")
@@ -487,28 +479,27 @@ def transformers_sampler(model, tokenizer, max_new_tokens, batch_size):
 
     def sample(prompt_ids, n, seed, temperature):
         torch.manual_seed(seed)
-        prompts = [ids for ids in prompt_ids for _ in range(n)]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        completions = [None] * len(prompts)
-        for batch in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
-            width = len(prompts[batch[0]])
-            rows = [[padding] * (width - len(prompts[i])) + prompts[i] for i in batch]
-            masks = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        prompts = [ids for ids in prompt_ids for _ in range(n)]  # evaluate sends them sorted by length
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        completions = []
+        for batch in (prompts[start:start + batch_size] for start in range(0, len(prompts), batch_size)):
+            width = max(map(len, batch))
+            rows = [[padding] * (width - len(ids)) + ids for ids in batch]
+            masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
             config = GenerationConfig(max_new_tokens=max(1, min(max_new_tokens, context - width)),
                                       eos_token_id=sorted(stops) or None, pad_token_id=padding, **how)
             tokens = model.generate(torch.tensor(rows, device=model.device), generation_config=config,
                                     attention_mask=torch.tensor(masks, device=model.device))  # [batch, width + new]
-            for i, ids in zip(batch, tokens[:, width:].tolist()):
-                end = next((place for place, token in enumerate(ids) if token in stops), None)
-                completions[i] = Completion(ids[:end], "length") if end is None else Completion(ids[:end + 1], "stop")
+            for ids in tokens[:, width:].tolist():
+                end = next((place for place, token in enumerate(ids, start=1) if token in stops), None)
+                completions.append(Completion(ids[:end], "stop" if end else "length"))
         return completions
 
     return sample
 
 
-def load_model(name):
-    """The tokenizer and the function that loads the model of a folder or hub id; bad ones end the program, see fail."""
+def load_tokenizer(name):
+    """The tokenizer of a model's folder or hub id; what is no model ends the program with one line, at once."""
     is_folder = os.path.isdir(name)
     if not is_folder and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name):
         fail(f"there is no model folder {name}")
@@ -517,22 +508,29 @@ def load_model(name):
         fail(f"{name} is no model folder: it needs config.json, weights in .safetensors and a tokenizer")
     if not is_folder:
         use_cache_without_network()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        assert tokenizer.encode("1"), "it knows no tokens"
-    except Exception as error:  # whatever is wrong with it, it cannot be used
-        fail(f"{name} has no tokenizer that can be loaded ({type(error).__name__}: {str(error)[:200]}): give a folder "
-             "that save_pretrained wrote, or a hub id that is in the cache (HF_HOME) or can be reached")
+        transformers.AutoConfig.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if not tokenizer.encode("1"):  # what transformers makes of a folder without a tokenizer
+            raise ValueError("no tokenizer")
+    except Exception as error:  # a dozen kinds, and all mean that this is no model
+        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a folder with a model and its "
+             "tokenizer, or a hub id, or set HF_HOME to a cache that holds it")
+    return tokenizer
 
-    def load():
-        kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    return tokenizer, load
+def load_model(name):
+    """The tokenizer and the model of a folder or hub id, for evaluation: bf16 on a GPU, fp32 without."""
+    tokenizer = load_tokenizer(name)
+    import torch
+    import transformers
+
+    device, kind = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
+    return tokenizer, model.to(device).eval()
 
 
 def main():
@@ -558,15 +556,15 @@ def main():
     if not 0 <= args.temperature < math.inf or (args.n > 1 and args.temperature == 0):
         fail(f"--temperature must be at least 0, and above 0 when n is more than 1, not {args.temperature}")
     benchmarks = {name: load_problems(name, args.split)[:args.limit] for name in args.benchmarks.split(",")}
-    tokenizer, load = load_model(args.model)
     import torch
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    tokenizer, model = load_model(args.model)
     say(f"{args.model} on {', '.join(benchmarks)}: n {args.n}, temperature {args.temperature}, seed {args.seed}")
-    sampler = transformers_sampler(load(), tokenizer, args.max_new_tokens, args.batch_size)
+    sampler = transformers_sampler(model, tokenizer, args.max_new_tokens, args.batch_size)
     table = []
     with Grader() as grader, torch.inference_mode():
         for name, problems in benchmarks.items():
@@ -576,11 +574,11 @@ def main():
                 say(f"\n{record['problem']}\n--> {record['completion']}\n"
                     f"{'right' if record['correct'] else 'wrong'}: {record['extracted']}, gold {record['answer']}\n")
             passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
-            table.append(f"{os.path.basename(name):<16}{result['problems']:>9}{result['accuracy']:>10.3f} ± "
-                         f"{result['standard_error']:.3f}{result['length']:>8.0f}{result['truncated']:>11.3f}"
-                         f"{result['no_box']:>8.3f}{result['grader_timeouts']:>10}{time.time() - start:>9.0f}   {passes}")
-    say(f"{'benchmark':<16}{'problems':>9}{'accuracy':>10}{'length':>16}{'truncated':>11}{'no box':>8}{'time-outs':>10}"
-        f"{'seconds':>9}   pass@k")
+            accuracy = f"{result['accuracy']:.3f} ± {result['standard_error']:.3f}"
+            table.append(f"{os.path.basename(name):<16}{result['problems']:>9}{accuracy:>16}{result['length']:>8.0f}"
+                         f"{result['truncated']:>11.3f}{result['no_box']:>8.3f}{result['grader_timeouts']:>10}"
+                         f"{time.time() - start:>9.0f}   {passes}")
+    say("benchmark        problems        accuracy  length  truncated  no box time-outs  seconds   pass@k")
     say("\n".join(table))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -51,7 +51,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from eval import Grader, encode_prompt, evaluate, fail, load_problems, say
+from eval import Grader, encode_prompt, evaluate, fail, load_problems, load_tokenizer, say
 
 SCRIPT = Path(__file__).stem
 TOY = dict(  # what changes when no --model is given: a run of a minute on a laptop; explicit flags win over it
@@ -234,11 +234,11 @@ class Policy(torch.nn.Module):
 
     def score(self, hidden, targets, weight, bias):
         """hidden [N, H], targets [N] -> log-probabilities [N] in float32, entropies [N] without gradient."""
-        logits = F.linear(hidden, weight, bias).float() / self.temperature  # [N, V]
-        logz = logits.logsumexp(-1)  # [N]
+        logits = F.linear(hidden, weight, bias).float().div_(self.temperature)  # [N, V]
+        logp = logits.log_softmax(-1)  # [N, V]
         with torch.no_grad():
-            entropy = logz - ((logits - logz[:, None]).exp() * logits).sum(-1)
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - logz, entropy
+            entropy = -torch.linalg.vecdot(logp.exp(), logp)
+        return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
 
     @torch.no_grad()
     def check(self, ids):
@@ -314,8 +314,8 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
-    advantages = group_advantages(rewards, normalize_std=args.loss != "dr_grpo")  # [P, G]
-    weights = token_weights(mask, args.loss, args.max_new_tokens, args.prompts_per_step)  # [P, G, T]
+    advantages = group_advantages(rewards, normalize_std=args.loss != "dr_grpo")  # λ: [P, G]
+    weights = token_weights(mask, args.loss, args.max_new_tokens, args.prompts_per_step)  # λ: [P, G, T]
     mask, advantages, weights = mask.flatten(0, 1), advantages.flatten(), weights.flatten(0, 1)  # [P·G, ...]
     starts = torch.tensor([len(ids) for ids in prompts], device=device).repeat_interleave(group_size)  # [P·G]
     sequences = [torch.tensor(prompts[i // group_size] + c.ids) for i, c in enumerate(completions)]  # [P·G][S]
@@ -343,7 +343,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 sums["tis_capped"] += (gap.exp() > args.tis_cap).sum()
                 sums["logp_diff"] += gap.abs().sum()
             loss, stats = policy_loss(
-                logp, old_logp[k], advantages[rows], weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta
+                logp, old_logp[k], advantages[rows], weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
             )
             (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the objective is a sum
             sums.update({**stats, "loss": loss.detach(), "entropy": entropy[counted].sum()})
@@ -420,7 +420,7 @@ def parse_args():
     args.output_dir = args.resume or args.output_dir or f"runs/{SCRIPT}-{time.strftime('%Y%m%d-%H%M%S')}"
     world, done = int(os.environ.get("WORLD_SIZE", 1)), checkpoints(args.output_dir)
     for name, value in asdict(args).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # λ: where others may be negative
             fail(f"--{name} {value}: must be a number, 0 or above")
         if name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens") and value < 1:
             fail(f"--{name} {value}: must be at least 1")
@@ -458,12 +458,7 @@ def main():
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        AutoConfig.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: no folder of a model, nor found on the hub ({str(error).splitlines()[0]})")
+    tokenizer = load_tokenizer(args.model)
     problems = load_problems(args.dataset, "train")
     eval_problems = load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     for row in tqdm(problems, "encoding prompts", disable=rank > 0, leave=False):
@@ -511,7 +506,7 @@ def main():
     size = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     say(f"{SCRIPT}: {args.model}, {size:.1f} M parameters, {world} x {device.type}, sampler: transformers")
     say(f"{args.dataset}: {len(data)} prompts, {skipped} skipped; steps {first + 1} to {args.steps}, written to {run}")
-    columns = ("step", "reward", "length", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second")
+    columns = ["step", "reward", "length", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second"]
     say(" ".join(f"{column[:9]:>9}" for column in columns))
 
     # 4. The steps

@@ -1,0 +1,46 @@
+"""What several tests share: the scripts under test, and a way to run them as a user does."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "tiny"
+SCRIPTS = [name for name in ("grpo", "grpo_lambda_traces", "lambda_grpo_learnable", "lambda_grpo_prm")
+           if (ROOT / f"{name}.py").exists()]
+UNTIMED = ("seconds_", "tokens_per_second", "memory_gb")  # what differs between two runs of the same thing
+
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the scripts in turn, imported."""
+    return importlib.import_module(request.param)
+
+
+def launch(arguments, ranks=None, wait=True, cwd=ROOT, **environment):
+    """Start `python ARGUMENTS` (or torchrun with that many ranks) in the repository; a CompletedProcess, or a Popen."""
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a free port
+    command += [str(argument) for argument in arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd, "env": environment}
+    if not wait:
+        return subprocess.Popen(command, **pipes)
+    return subprocess.run(command, timeout=300, **pipes)
+
+
+def metrics(run, timed=False):
+    """The rows of a run's metrics.jsonl, without what depends on the clock."""
+    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if timed or not key.startswith(UNTIMED)} for row in rows]

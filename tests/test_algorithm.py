@@ -1,0 +1,135 @@
+"""The objective against a float64 version written with loops, as the papers write it."""
+
+import math
+
+import pytest
+import torch
+
+import grpo
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def objective(logp, old, ref, rewards, loss, clip_low, clip_high, beta, max_new_tokens):
+    """J of one batch, to be maximised. logp, old, ref: [P][G][|o|] nested lists of scalars, rewards [P][G]."""
+    total = 0
+    for group, group_old, group_ref, group_rewards in zip(logp, old, ref, rewards):
+        size, tokens = len(group), sum(len(completion) for completion in group)
+        mean = sum(group_rewards) / size
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in group_rewards) / (size - 1))
+        for completion, completion_old, completion_ref, reward in zip(group, group_old, group_ref, group_rewards):
+            advantage = reward - mean
+            if loss != "dr_grpo":
+                advantage = advantage / (std + 1e-4)
+            if max(group_rewards) - min(group_rewards) < 1e-6:
+                advantage = 0.0
+            weight = {"grpo": 1 / (size * len(completion)), "dapo": 1 / tokens, "dr_grpo": 1 / (size * max_new_tokens)}[loss]
+            for new, before, reference in zip(completion, completion_old, completion_ref):
+                ratio = torch.exp(new - before)
+                bounded = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
+                kl = torch.exp(reference - new) - (reference - new) - 1
+                total = total + weight * (torch.min(ratio * advantage, bounded * advantage) - beta * kl)
+    return total / len(logp)
+
+
+def batch(lengths, seed, drift=0.3):
+    """Random log-probabilities for completions of these lengths [P][G]: nested lists of leaves, and padded tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), len(lengths[0]), max(max(group) for group in lengths))
+    old = -torch.rand(shape, generator=generator) * 3
+    new = old + drift * torch.randn(shape, generator=generator)
+    ref = old + drift * torch.randn(shape, generator=generator)
+    mask = torch.arange(shape[2]) < torch.tensor(lengths)[..., None]
+    return new, old, ref, mask
+
+
+def ragged(tensor, lengths, grad=False):
+    return [[[tensor[p, g, t].clone().requires_grad_(grad) for t in range(length)] for g, length in enumerate(group)]
+            for p, group in enumerate(lengths)]
+
+
+LENGTHS = [[1, 7, 33, 2], [5, 5, 5, 5], [120, 1, 1, 60]]
+REWARDS = [[1.0, 0.0, 0.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.3]]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("clip_low, clip_high", [(0.2, 0.2), (0.1, 0.28)])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_loss_and_gradient_are_the_papers(loss, clip_low, clip_high, beta):
+    new, old, ref, mask = batch(LENGTHS, seed=0)
+    leaves = ragged(new, LENGTHS, grad=True)
+    expected = -objective(leaves, ragged(old, LENGTHS), ragged(ref, LENGTHS), REWARDS, loss, clip_low, clip_high, beta, 150)
+    expected.backward()
+
+    garbage = torch.where(mask, 0.0, float("nan"))  # whatever stands on padding must not matter
+    logp = (new + garbage).flatten(0, 1).requires_grad_()
+    advantages = grpo.group_advantages(torch.tensor(REWARDS), normalize_std=loss != "dr_grpo").flatten()
+    weights = grpo.token_weights(mask, loss, max_new_tokens=150).flatten(0, 1)
+    value, stats = grpo.policy_loss(
+        logp, (old + garbage).flatten(0, 1), advantages, weights, clip_low, clip_high, (ref + garbage).flatten(0, 1), beta
+    )
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    gradient = logp.grad.view(mask.shape)
+    for p, group in enumerate(leaves):
+        for g, completion in enumerate(group):
+            grads = torch.stack([leaf.grad for leaf in completion])
+            torch.testing.assert_close(gradient[p, g, : len(completion)], grads, rtol=1e-10, atol=1e-14)
+    assert gradient[~mask].eq(0).all()
+    assert stats["tokens"] == mask.sum()
+    assert 0 < stats["clip_fraction"] < stats["tokens"]  # the clip was at work
+    ratio = (new - old).exp()
+    assert stats["kl"].item() == pytest.approx((ratio - 1 - (new - old))[mask].sum().item())
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_equal_rewards_give_exactly_nothing(loss):
+    new, old, _, mask = batch(LENGTHS, seed=1)
+    for reward in (0.0, 0.1, 1.0):
+        rewards = torch.full((3, 4), reward)
+        advantages = grpo.group_advantages(rewards, normalize_std=loss != "dr_grpo")
+        assert advantages.eq(0).all()
+        logp = new.flatten(0, 1).requires_grad_()
+        weights = grpo.token_weights(mask, loss, 150).flatten(0, 1)
+        value, _ = grpo.policy_loss(logp, old.flatten(0, 1), advantages.flatten(), weights)
+        value.backward()
+        assert value == 0 and logp.grad.eq(0).all()
+
+
+def test_advantages_example():
+    advantages = grpo.group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]]))
+    torch.testing.assert_close(advantages[0], torch.tensor([1.0, -1.0, -1.0, 1.0]) * 0.5 / (math.sqrt(1 / 3) + 1e-4))
+    assert [round(x, 3) for x in advantages[0].tolist()] == [0.866, -0.866, -0.866, 0.866]
+    assert advantages[1].eq(0).all()
+
+
+def test_weights_example():
+    mask = torch.tensor([[[1, 0, 0], [1, 1, 1]]])
+    torch.testing.assert_close(grpo.token_weights(mask, "grpo"), torch.tensor([[[1 / 2, 0, 0], [1 / 6, 1 / 6, 1 / 6]]]))
+    torch.testing.assert_close(grpo.token_weights(mask, "dapo"), mask / 4)
+    torch.testing.assert_close(grpo.token_weights(mask, "dr_grpo", max_new_tokens=5), mask / 10)
+    torch.testing.assert_close(grpo.token_weights(mask, "dapo", num_prompts=8), mask / 32)
+
+
+def test_loss_example():
+    one = torch.ones(1, 1)
+    for advantage, expected, clipped in ((1.0, -1.2, 1), (-1.0, math.exp(0.5), 0)):
+        loss, stats = grpo.policy_loss(one * 0.5, one * 0, torch.tensor([advantage]), one)
+        assert loss.item() == pytest.approx(expected) and stats["clip_fraction"] == clipped
+
+
+def test_first_update_is_the_policy_gradient():
+    """At π = π_old the gradient is -weight · advantage for every token, although the loss is about 0."""
+    new, _, _, mask = batch(LENGTHS, seed=2)
+    logp = new.flatten(0, 1).requires_grad_()
+    advantages = grpo.group_advantages(torch.tensor(REWARDS)).flatten()
+    weights = grpo.token_weights(mask).flatten(0, 1)
+    loss, _ = grpo.policy_loss(logp, logp.detach(), advantages, weights)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12
+    torch.testing.assert_close(logp.grad, -weights * advantages[:, None])

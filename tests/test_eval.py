@@ -1,0 +1,678 @@
+"""Tests of eval.py: loading, prompts, the grader against hostile answers and real data, evaluation, the command line.
+
+Slow ones start processes: about two minutes in all on one core. Real data is expected beside the repository, in
+../shared/bench; without it those tests are skipped, or fail when GRPO_REQUIRE_DATA=1 is set.
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import eval as ev  # noqa: E402
+
+BENCH = ROOT.parent / "shared" / "bench"
+BENCH_FILES = ("aime24", "amc23", "gsm8k", "gsm8k_train", "math500", "minerva", "olympiadbench")
+TINY = ROOT / "tests" / "tiny"
+CLEAN_ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def bench(name):
+    path = BENCH / f"{name}.jsonl"
+    if not path.exists():
+        if os.environ.get("GRPO_REQUIRE_DATA") == "1":
+            pytest.fail(f"GRPO_REQUIRE_DATA=1, and there is no {path}")
+        pytest.skip(f"no {path.name} in ../shared/bench")
+    return path
+
+
+def boxed(answer):
+    return f"So the answer is \\boxed{{{answer}}}."
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with ev.Grader(workers=2) as grader:
+        yield grader
+
+
+# ---- Grading: what is right, what is wrong ----
+
+RIGHT = [
+    # gold, answer
+    ("18", "18"), ("18", "18."), ("18", " 18 "), ("18", "018"), ("18", "18.0"), ("18", "18.00"), ("18", "+18"),
+    ("-3", "−3"), ("18", "$18$"), ("18", "\\$18"), ("18", "$18"), ("18", "\\(18\\)"), ("18", "18 eggs"),
+    ("18", "18\\text{ eggs}"), ("18", "18 \\text{ eggs per day}"), ("18", "\\text{The answer is } 18"),
+    ("18", "x = 18"), ("18", "x=18."), ("x=18", "18"), ("18", "\\text{so } x = 18"), ("18", "18^\\circ"), ("18", "18°"),
+    ("149", "37+5+81+26=149"), ("18", "\\frac{36}{2}"), ("18", "36/2"), ("18", "\\text{18}"), ("18", "{18}"),
+    ("1,234", "1234"), ("1234", "1,234"), ("1234", "1{,}234"), ("1234", "1\\,234"), ("1234", "1,\\!234"),
+    ("1450000", "1,450,000"), ("1450000", "1 450 000"), ("1450000", "\\$1,450,000 \\text{ dollars}"), ("8\\,178", "8178"),
+    ("32348", "\\$32,\\!348"), ("1000000", "10^6"), ("1000000", "1e6"), ("1000000", "1 \\times 10^{6}"),
+    ("4.5e33", "4.5 \\times 10^{33}"), ("4.5 \\times 10^{33}", "4.5e33"), ("4.5 \\times 10^{33}", "4.5E+33"),
+    ("4.5 \\times 10^{33}", "45 \\times 10^{32}"), ("4.5 \\times 10^{33}", "4.5×10^{33}"), ("1e-5", "0.00001"),
+    ("1.325 \\times 10^{-27}", "1.325e-27"), ("0.5", "\\frac{1}{2}"), ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "1/2"),
+    ("\\frac{1}{2}", "\\dfrac{1}{2}"), ("\\frac{1}{2}", "\\tfrac12"), ("\\frac{1}{2}", "\\frac{2}{4}"),
+    ("\\frac{1}{3}", "0.333333"), ("\\frac{14}{3}", "4\\frac{2}{3}"), ("50\\%", "50\\%"), ("50\\%", "50%"),
+    ("62.5%", "62.5\\%"), ("62.5%", "62.5"), ("62.5%", "0.625"), ("50\\%", "\\frac{1}{2}"), ("2\\sqrt{3}", "\\sqrt{12}"),
+    ("\\{1,2,3\\}", "\\{3,1,2\\}"), ("1,2,3", "3, 2, 1"), ("1,2,3", "\\{1, 2, 3\\}"), ("1,2,3", "1, 2 \\text{ and } 3"),
+    ("(3,4]", "(3, 4]"), ("[0,1)", "\\left[0, 1\\right)"), ("(0.5,1)", "(\\frac12, 1)"), ("(2,\\infty)", "(2,∞)"),
+    ("(-\\infty, 0) \\cup\\{1\\}", "\\{1\\}\\cup(-\\infty,0)"), ("x \\in [1,2]", "[1,2]"), ("1 \\pm \\sqrt{19}",
+    "1+\\sqrt{19}, 1-\\sqrt{19}"), ("\\text{east}", "East"), ("East", "\\text{east}"), ("\\text{(C)}", "C"),
+    ("p - q", "-q+p"), ("f(x)=2 x", "2x"), ("n+1", "k=n+1"), ("x^3+3x-6", "x^3 + 3x - 6"), ("52_8", "52_{8}"),
+    ("\\begin{pmatrix} -2 \\\\ -14 \\end{pmatrix}", "\\begin{pmatrix} -2 \\\\ -14 \\end{pmatrix}"), ("\\pi", "π"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"), ("90^\\circ", "90"), ("11\\sqrt2", "11\\sqrt{2}"),
+]  # fmt: skip
+WRONG = [
+    ("18", "19"), ("18", "-18"), ("18", "1.8"), ("18", "180"), ("18", "81"), ("18", ""), ("18", " "), ("18", "x"),
+    ("18", "18x"), ("18", "18\\pi"), ("18", "18i"), ("18", "18, 19"), ("18", "18 \\text{ or } 19"), ("18", "(1,8)"),
+    ("18", "1,8"), ("149", "37+5+81+26"), ("149", "37 + 112"), ("12", "3 \\times 4"), ("12", "3*4"), ("12", "3 \\cdot 4"),
+    ("12", "x = 10+2"), ("18", "18 \\text{ and } 3"), ("18", "18 million"), ("-18", "minus 18"), ("1234", "1,235"),
+    ("4.5 \\times 10^{33}", "4.5 \\times 10^{32}"), ("4.5 \\times 10^{33}", "4.5"), ("1 \\times 10^{-27}", "0.0"),
+    ("1 \\times 10^{-27}", "2 \\times 10^{-27}"), ("0.000001", "0.000002"), ("\\frac{1}{2}", "\\frac{1}{3}"),
+    ("\\frac{1}{3}", "0.3333"), ("(3,4]", "[3,4]"), ("\\{1,2,3\\}", "\\{1,2\\}"), ("52_8", "52_9"), ("52_8", "53_8"),
+    ("\\text{east}", "west"), ("\\text{east}", "seat"), ("\\pi", "3.14"), ("\\sqrt{2}", "1.41"), ("x=5", "6"),
+    ("50\\%", "51\\%"), ("5", "\\infty"), ("5", "\\emptyset"), ("5", "5 > x"), ("5", "\\text{five or six}"),
+]  # fmt: skip
+
+
+def test_forms_that_must_be_accepted(grader):
+    verdicts = grader.grade_all([(boxed(answer), gold) for gold, answer in RIGHT])
+    assert [pair for pair, verdict in zip(RIGHT, verdicts) if not verdict] == []
+
+
+def test_wrong_answers(grader):
+    verdicts = grader.grade_all([(boxed(answer), gold) for gold, answer in WRONG])
+    assert [pair for pair, verdict in zip(WRONG, verdicts) if verdict] == []
+
+
+def test_last_boxed():
+    assert ev.last_boxed("a \\boxed{1} b \\boxed{2}.") == "2"
+    assert ev.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert ev.last_boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
+    assert ev.last_boxed("\\boxed {7}") == "7"
+    assert ev.last_boxed("so } } \\boxed{7} and { {") == "7"
+    assert ev.last_boxed("\\boxed{7}, so \\boxed{8") == "7"  # cut off in the second
+    assert ev.last_boxed("x = \\boxed{a \\boxed{5}}") == "5"
+    assert ev.last_boxed("the answer is 7") is None
+    assert ev.last_boxed("\\boxed{") is None
+    assert ev.last_boxed("") is None
+
+
+def test_last_boxed_is_linear():
+    start = time.perf_counter()
+    for text in ("\\boxed{" * 150_000, "{" * 10**6, "}" * 10**6, "\\boxed{" + "{" * 10**5 + "1" + "}" * 10**5 + "}",
+                 "\\" * 10**6, "\\boxed " * 150_000, "\\boxed{1}" * 100_000, "a" * 10**7):  # fmt: skip
+        ev.last_boxed(text)
+    assert time.perf_counter() - start < 10
+
+
+def test_several_boxes_no_box(grader):
+    assert grader.grade("First \\boxed{3}, no: \\boxed{4}", "4")
+    assert not grader.grade("First \\boxed{4}, no: \\boxed{3}", "4")
+    assert not grader.grade("The final answer is 4.", "4")  # documented in Grader: no box, no reward
+    assert not grader.grade("\\boxed{}", "4")
+    assert not grader.grade("\\boxed{4}", "")
+    assert not grader.grade("\\boxed{}", "")
+
+
+def test_clean_is_stable():
+    for gold, answer in RIGHT + WRONG:
+        for text in (gold, answer):
+            assert ev.clean(ev.clean(text)) == ev.clean(text)
+
+
+HOSTILE = [
+    "9^{9^{9^{9}}}", "9^9^9^9", "2^{2^{2^{2^{2^{2}}}}}", "10^{10^{10}}", "(-1)^{10^{10^{10}}}", "99999999^{99999999}",
+    "10000000!", "((10!)!)!", "3!!!!!!!!!!", "\\binom{10^9}{5 \\cdot 10^8}", "\\prod_{n=1}^{10^9} n", "1" * 390,
+    "\\sum_{n=1}^{10^{12}} \\sin(n)", "\\int_0^1 x^{x^{x^x}} dx", "\\int e^{x^2} \\sin(x^3) \\ln(x) dx", "\\infty^{\\infty}",
+    "\\lim_{x \\to 0} \\frac{\\sin(x^{x^x})}{x}", "\\sqrt[10^{10}]{10^{10^{10}}}", "x^{1000} + (x+1)^{1000} - (x-1)^{1000}",
+    "(x+y+z)^{300}", "(1+x)^{99999}", "\\sin(\\sin(\\sin(\\sin(\\sin(10^{10^{8}})))))", "\\frac{1}{0}", "0/0", "\\frac{0}{0}",
+    "{" * 190 + "4" + "}" * 190, "(" * 199 + "4" + ")" * 199, "[" * 400, "\\frac{" * 60, "\\sqrt{" * 66, "-" * 399 + "4",
+    "\\frac{1}{1+" * 30 + "x" + "}" * 30, "\\{" + ",".join(map(str, range(110))) + "\\}", "{" * 100_000 + "5" + "}" * 100_000,
+    "\\{" + ",".join(map(str, range(2000))) + "\\}", "9" * 10**6, "a" * 10**6, "\\boxed{" * 1000, "5" + " " * 10**6 + "6",
+    "4\x00", "\x00", "\ud800", "4\udfff", "\u202e4", "😀" * 100, "\\x00\\u0000", "%s%s%n", "'; DROP TABLE golds; --",
+    "__import__('os').system('touch /tmp/hostile')", "eval('5')", "lambda x: 5", "exec(\"raise SystemExit\")", "import os",
+    "exit()", "quit()", "os._exit(0)", "while True: pass", "Symbol('x')", "N(pi, 10**9)", "factorial(10**8)", "True", "None",
+    "nan", "\\text{nan}", "1e999999999", "1e9999", "10^{-999999999}", "\\begin{pmatrix} " + "1 & " * 90 + "1 \\end{pmatrix}",
+    "\\det " + "x_{1}" * 70, "5 \\neq 5", "1 = 1", "x = x", "x", "\\gold", "\\boxed", "?", "\\", "5 \\mod 10^{10^{10}}",
+    "F_{10^{9}}", "\\Gamma(10^{10})", "\\zeta(-10^{9})", "\\log_{2}(\\log_{2}(10^{10^{10}}))", "\\pi^{\\pi^{\\pi^{\\pi}}}",
+]  # fmt: skip
+
+
+def test_hostile_answers():
+    """None hangs the batch, none is right; good ones among and after them are; dead workers are counted and replaced."""
+    gold, deadline = "5", 1.0
+    good = [(boxed(f"{n} + x"), f"x + {n}") for n in range(50)]  # each needs a worker
+    hostile = [(boxed(answer), gold) for answer in HOSTILE]
+    mixed = [pair for pairs in itertools.zip_longest(hostile, good) for pair in pairs if pair]
+    assert len(hostile) >= 80
+    with ev.Grader(workers=2, deadline=deadline) as grader:
+        start = time.perf_counter()
+        verdicts = grader.grade_all(mixed)
+        seconds = time.perf_counter() - start
+        killed = grader.timeouts + grader.crashes
+        print(f"{len(hostile)} hostile in {seconds:.1f} s, {grader.timeouts} timeouts, {grader.crashes} crashes")
+        wrong = [pair for pair, verdict in zip(mixed, verdicts) if verdict != (pair in good)]
+        assert [(completion[:80], gold) for completion, gold in wrong] == []
+        assert killed >= 3
+        assert seconds < killed * (deadline + 2) / 2 + 15  # two seconds: the start of the next worker, on a busy core
+        assert all(grader.grade_all(good))
+        assert grader.timeouts + grader.crashes == killed
+        assert len(grader.running) == 2
+
+
+def test_memory_limit():
+    """A worker that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
+    with ev.Grader(workers=1, deadline=30, memory_gb=0.5) as grader:
+        assert not grader.grade(boxed("2^{2^{33}}"), "7")  # one gigabyte, and more while it is computed
+        peak = max(int(re.search(r"VmPeak:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1])
+                   for worker in grader.running) if sys.platform == "linux" and grader.running else 0  # fmt: skip
+        assert peak <= 2**19  # KiB
+        assert grader.grade(boxed("1+x"), "x+1")
+        assert grader.timeouts == 0
+
+
+def test_duplicates_are_graded_once():
+    with ev.Grader(workers=2, deadline=0.7) as grader:
+        verdicts = grader.grade_all([(boxed("9^{9^{9^{9}}}"), "5")] * 20 + [(boxed("x+1"), "1+x")] * 20)
+        assert verdicts == [False] * 20 + [True] * 20
+        assert grader.timeouts == 1
+
+
+def test_dead_worker_is_replaced():
+    with ev.Grader(workers=1) as grader:
+        assert grader.grade(boxed("x+1"), "1+x")
+        os.kill(next(iter(grader.running)).pid, signal.SIGKILL)
+        time.sleep(0.2)
+        assert grader.grade(boxed("x+2"), "2+x")
+
+
+def test_from_threads(grader):
+    verdicts = {}
+
+    def ask(i):
+        verdicts[i] = grader.grade_all([(boxed(f"{i}+x"), f"x+{i}"), (boxed(f"{i}+x"), f"x+{i + 1}")])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert verdicts == {i: [True, False] for i in range(8)}
+
+
+def test_worker_that_cannot_start(tmp_path):
+    with ev.Grader(workers=1) as grader:
+        grader.command = [sys.executable, "-c", "raise ImportError('no sympy here')"]
+        with pytest.raises(RuntimeError, match="did not start"):
+            grader.grade(boxed("x+1"), "1+x")
+
+
+PARENT = """
+import sys, threading
+sys.path.insert(0, {root!r})
+import eval as ev
+grader = ev.Grader(workers=2, deadline=2.0)
+assert grader.grade("\\\\boxed{{x+1}}", "1+x")
+thread = threading.Thread(target=grader.grade, args=("\\\\boxed{{9^{{9^{{9^{{9}}}}}}}}", "5"), daemon=True)
+thread.start()
+import time
+time.sleep(0.5)
+grader.grade("\\\\boxed{{x+2}}", "2+x")
+print(*[worker.pid for worker in grader.running], flush=True)
+time.sleep(600)
+"""
+
+
+def is_alive(pid):
+    """Whether the process runs: a zombie, which nobody has collected in this container, does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(status) and not status.startswith("Z")
+
+
+def test_no_orphans_when_parent_is_killed():
+    """One worker idle, one hanging in sympy: both end by themselves."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(is_alive, pids))
+    parent.kill()
+    parent.wait()
+    deadline = time.time() + 2 + 5 + 5
+    while any(map(is_alive, pids)) and time.time() < deadline:
+        time.sleep(0.2)
+    alive = [pid for pid in pids if is_alive(pid)]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert alive == []
+
+
+# ---- Real data ----
+
+
+@pytest.mark.parametrize("name", BENCH_FILES)
+def test_gold_against_itself(name, grader):
+    path = bench(name)
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    problems = ev.load_problems(str(path))
+    assert len(problems) == len(rows)
+    verdicts = grader.grade_all([(boxed(row["answer"]), problem["answer"]) for row, problem in zip(rows, problems)])
+    assert [row["answer"] for row, verdict in zip(rows, verdicts) if not verdict] == []
+
+
+@pytest.mark.parametrize("name", ("math500", "minerva", "olympiadbench"))
+def test_gold_against_itself_by_math_verify(name, grader):
+    """Equal letters are right without a worker; here the workers have to find every third gold equal to itself."""
+    golds = [problem["answer"] for problem in ev.load_problems(str(bench(name)))][::3]
+    verdicts = list(grader.threads.map(grader.ask, [(gold, gold) for gold in golds]))
+    assert [gold for gold, verdict in zip(golds, verdicts) if not verdict] == []
+
+
+@pytest.mark.parametrize("name", BENCH_FILES)
+def test_changed_digit_is_wrong(name, grader):
+    golds = [problem["answer"] for problem in ev.load_problems(str(bench(name)))]
+    generator = random.Random(0)
+    pairs = []
+    for gold in golds:
+        places = [match.start() for match in re.finditer(r"\d", gold)]
+        if places:
+            place = generator.choice(places)
+            digit = generator.choice([digit for digit in "123456789" if digit != gold[place]])
+            pairs.append((boxed(gold[:place] + digit + gold[place + 1:]), gold))
+    if name in ("minerva", "olympiadbench"):  # these take long; the others are mostly plain numbers
+        pairs = pairs[::3]
+    timeouts = grader.timeouts
+    accepted = [pair for pair, verdict in zip(pairs, grader.grade_all(pairs)) if verdict]
+    print(name, len(pairs), "changed,", len(accepted), "accepted", accepted, grader.timeouts - timeouts, "timeouts")
+    assert len(accepted) <= max(1, len(pairs) / 1000)
+
+
+def test_gsm8k_train_loads_fast():
+    path = bench("gsm8k_train")
+    start = time.perf_counter()
+    assert len(ev.load_problems(str(path))) == 7473
+    assert time.perf_counter() - start < 3
+
+
+# ---- Loading ----
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_arithmetic():
+    train, test = ev.load_problems("arithmetic", "train"), ev.load_problems("arithmetic", "test")
+    assert (len(train), len(test)) == (4096, 256)
+    assert not {row["problem"] for row in train} & {row["problem"] for row in test}
+    assert test[0] == {"problem": "50+98+54+6?", "answer": "208"}
+    assert all(sum(map(int, row["problem"][:-1].split("+"))) == int(row["answer"]) for row in train + test)
+
+
+def test_columns_and_cleaning(tmp_path, capsys):
+    rows = [
+        {"question": "a?", "answer": "She has 3 * 6 = <<3*6=18>>18 eggs.\n#### 18"},
+        {"question": "b?", "answer": "#### 1,080"},
+        {"question": "c?", "answer": ["$\\frac{1}{2}$"]},
+        {"question": "d?", "answer": ["$2$", "$3$."]},
+        {"question": "e?", "answer": "$4.5e33$"},
+        {"question": "f?", "answer": 7},
+        {"question": "g?", "answer": 0.5},
+        {"question": "h?", "answer": "8\\,178."},
+        {"question": "i?", "answer": "\\boxed{12}"},
+        {"question": "", "answer": "1"},
+        {"question": "k?", "answer": ""},
+        {"question": "l?", "answer": None},
+        {"question": "m?"},
+        {"question": "n\ud800?", "answer": "5"},
+    ]
+    problems = ev.load_problems(write(tmp_path / "rows.jsonl", rows))
+    assert [row["answer"] for row in problems] == [
+        "18", "1080", "\\frac{1}{2}", "2, 3", "4.5 \\times 10^{33}", "7", "0.5", "8178", "12", "5"]  # fmt: skip
+    assert problems[-1]["problem"] == "n??"
+    assert "4 of 14 rows dropped" in capsys.readouterr().out
+
+
+def test_gold_that_hangs_is_dropped(tmp_path, capsys, monkeypatch):
+    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "x?", "answer": "\\frac{" * 40 + "1" + "}{2}" * 40}]
+    monkeypatch.setattr(ev.Grader, "ask", lambda self, question: False)  # what a killed worker's question gets
+    assert len(ev.load_problems(write(tmp_path / "rows.jsonl", rows))) == 1
+    assert "1 of 2 rows dropped" in capsys.readouterr().out
+
+
+def test_solution_and_other_columns(tmp_path):
+    rows = [{"Problem": "a?", "Solution": "Thus $\\boxed{\\frac34}$."}, {"Problem": "b?", "Solution": "no box"}]
+    assert [row["answer"] for row in ev.load_problems(write(tmp_path / "a.jsonl", rows))] == ["\\frac34"]
+    rows = [{"prompt": [{"role": "user", "content": "a?"}], "reward_model": {"ground_truth": "34", "style": "rule"}}]
+    assert ev.load_problems(write(tmp_path / "b.jsonl", rows)) == [{"problem": "a?", "answer": "34"}]
+    (tmp_path / "c.json").write_text(json.dumps([{"problem": "a?", "answer": "1"}, {"problem": "b?", "answer": "2"}], indent=1))
+    assert len(ev.load_problems(str(tmp_path / "c.json"))) == 2
+
+
+def test_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "1+2?", "answer": "3"}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    assert ev.load_problems(str(tmp_path / "rows.parquet")) == rows
+    nested = [{"prompt": [{"content": "a?", "role": "user"}], "reward_model": {"ground_truth": "34"}}]
+    datasets.Dataset.from_list(nested).to_parquet(str(tmp_path / "nested.parquet"))
+    assert ev.load_problems(str(tmp_path / "nested.parquet")) == [{"problem": "a?", "answer": "34"}]
+
+
+def test_names_of_the_hub(monkeypatch):
+    """Every known name asks for its data set and split; DAPO's copies are dropped. The network itself is not tested."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        rows = [{"prompt": [{"content": f"{i}?", "role": "user"}], "reward_model": {"ground_truth": str(i)},
+                 "extra_info": {"index": f"key {i}"}} for i in (1, 2, 1, 2, 1)]  # fmt: skip
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(ev, "use_cache_without_network", lambda: False)
+    assert sorted(row["answer"] for row in ev.load_problems("dapo")) == ["1", "2"]
+    assert len(ev.load_problems("gsm8k", "train")) == 5
+    for name in ("gsm8k", "math", "aime24", "aime25", "someone/something"):
+        ev.load_problems(name, "test")
+    assert asked == [
+        ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"), ("openai/gsm8k", "main", "train"),
+        ("openai/gsm8k", "main", "test"), ("nlile/hendrycks-MATH-benchmark", None, "test"),
+        ("HuggingFaceH4/aime_2024", None, "train"), ("math-ai/aime25", None, "test"),
+        ("someone/something", None, "test")]  # fmt: skip
+
+
+def refused(capsys, *arguments):
+    """The one line that load_problems ends with."""
+    with pytest.raises(SystemExit) as caught:
+        ev.load_problems(*arguments)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_bad_data(tmp_path, capsys, monkeypatch):
+    good = '{"problem": "1+1?", "answer": "2"}\n'
+    (tmp_path / "broken.jsonl").write_text(good + "\n" + good + '{"problem": "1+1?", "ans\n' + good)
+    assert "line 4" in refused(capsys, str(tmp_path / "broken.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes(good.encode() + '{"problem": "Größe?", "answer": "2"}\n'.encode("latin-1"))
+    assert "line 2" in refused(capsys, str(tmp_path / "latin.jsonl"))
+    (tmp_path / "numbers.jsonl").write_text(good + "7\n")
+    assert "line 2" in refused(capsys, str(tmp_path / "numbers.jsonl"))
+    (tmp_path / "deep.jsonl").write_text(good + "[" * 100_000)
+    assert "line 2" in refused(capsys, str(tmp_path / "deep.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "is empty" in refused(capsys, str(tmp_path / "empty.jsonl"))
+    (tmp_path / "columns.jsonl").write_text('{"text": "1+1?", "answer": "2", "level": 3}\n')
+    line = refused(capsys, str(tmp_path / "columns.jsonl"))
+    assert "text, answer, level" in line and "problem, question" in line
+    (tmp_path / "golds.jsonl").write_text('{"problem": "1+1?", "answer": ""}\n{"problem": "1+2?", "answer": null}\n')
+    assert "no row of 2" in refused(capsys, str(tmp_path / "golds.jsonl"))
+    (tmp_path / "broken.parquet").write_text("PAR1 or not")
+    assert "parquet" in refused(capsys, str(tmp_path / "broken.parquet"))
+    assert "there is no file" in refused(capsys, str(tmp_path / "nothing.jsonl"))
+    assert "is a folder" in refused(capsys, str(tmp_path))
+
+    def no_network(*_, **__):
+        raise AssertionError("a name without a slash needs no network")
+
+    monkeypatch.setattr("socket.create_connection", no_network)
+    line = refused(capsys, "nosuch")
+    assert "'nosuch'" in line and "aime24" in line and "arithmetic" in line and ".jsonl" in line
+
+
+def test_hub_out_of_reach():
+    """Within seconds, one line on stderr that says what to do; no network is needed to have none."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval; eval.load_problems('math-ai/aime25')"
+    names = [name for name in CLEAN_ENVIRONMENT if "proxy" not in name.lower() and name != "HF_HUB_OFFLINE"]
+    environment = {name: CLEAN_ENVIRONMENT[name] for name in names}
+    environment |= {"HF_ENDPOINT": "http://nowhere.invalid", "HF_HOME": "/nonexistent"}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "HF_HOME" in done.stderr and ".jsonl" in done.stderr, done.stderr
+    assert time.perf_counter() - start < 20
+
+
+# ---- Prompts ----
+
+
+class FakeTokenizer:
+    """Just enough of a tokenizer to see what is asked of it: ids are characters."""
+
+    def __init__(self, chat_template=None, refuses_system=False):
+        self.chat_template, self.refuses_system = chat_template, refuses_system
+
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(i) for i in ids if i)
+
+
+def make_tokenizer(chat_template):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<bos>": 0, "<unk>": 1}, unk_token="<unk>"))
+    core.add_special_tokens(["<bos>"])
+    alphabet = sorted({chr(i) for i in range(32, 127)} | {"\n"})
+    core.add_tokens([tokenizers.AddedToken(character, normalized=False) for character in alphabet])
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    core.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", unk_token="<unk>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def test_encode_prompt():
+    problem = "What is 1+1?"
+    plain = make_tokenizer(None)
+    text = plain.decode(ev.encode_prompt(plain, problem))
+    assert text == f"<bos>Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
+
+    chat = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    chat += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer = make_tokenizer(chat)
+    ids = ev.encode_prompt(tokenizer, problem)
+    assert isinstance(ids, list) and all(type(i) is int for i in ids)
+    assert tokenizer.decode(ids) == f"<bos>[system]{ev.SYSTEM}[user]{problem}[assistant]"  # one <bos>
+
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = make_tokenizer(refusing + chat)
+    assert tokenizer.decode(ev.encode_prompt(tokenizer, problem)) == f"<bos>[user]{ev.SYSTEM}\n\n{problem}[assistant]"
+
+
+def test_encode_prompt_of_the_tiny_model():
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    assert tokenizer.decode(ev.encode_prompt(tokenizer, "37+5+81+26?")) == "37+5+81+26?"
+
+
+# ---- Evaluation ----
+
+Completion = namedtuple("Completion", "ids finish")
+
+
+def make_sampler(right, n, lengths=None):
+    """A sampler that answers problem "i?" rightly in its first right[i] completions; the last has no box, the rest lie."""
+
+    def sample(prompt_ids, n_asked, seed, temperature):
+        assert n_asked == n
+        completions = []
+        for ids in prompt_ids:
+            i = int(re.search(r"(\d+)\?", "".join(map(chr, ids)))[1])
+            for j in range(n):
+                text = boxed(i if j < right[i] else i + 1) if j < n - 1 or right[i] == n else "no idea"
+                completions.append(Completion([ord(c) for c in text] + [0], "length" if text == "no idea" else "stop"))
+        return completions
+
+    return sample
+
+
+@pytest.mark.parametrize("n, count", [(1, 7), (4, 600), (6, 5), (8, 33)])
+def test_evaluate_against_brute_force(n, count, grader):
+    generator = random.Random(n)
+    right = [generator.randint(0, n) for _ in range(count)]
+    problems = [{"problem": f"{'x' * generator.randint(0, 30)}{i}?", "answer": str(i)} for i in range(count)]
+    result = ev.evaluate(make_sampler(right, n), FakeTokenizer(), problems, grader, n=n, progress=False)
+    assert result["accuracy"] == pytest.approx(sum(right) / n / count)
+    means = [c / n for c in right]
+    assert result["standard_error"] == pytest.approx(statistics.stdev(means) / math.sqrt(count))
+    resampled = [statistics.fmean(generator.choices(means, k=count)) for _ in range(2000)]
+    assert result["standard_error"] == pytest.approx(statistics.stdev(resampled), rel=0.25 if count < 10 else 0.1)
+    assert list(result["pass_at_k"]) == [k for k in (1, 2, 4, 8) if k <= n]
+    for k, value in result["pass_at_k"].items():
+        subsets = [[any(j < c for j in chosen) for chosen in itertools.combinations(range(n), k)] for c in right]
+        assert value == pytest.approx(statistics.fmean(statistics.fmean(subset) for subset in subsets))
+    no_box = sum(c < n for c in right) / n / count
+    assert result["no_box"] == pytest.approx(no_box) == result["truncated"]
+    assert (result["problems"], result["n"], result["grader_timeouts"]) == (count, n, 0)
+    records = result["records"]
+    assert [record["index"] for record in records] == [i for i in range(count) for _ in range(n)]
+    assert [sum(record["correct"] for record in records[i * n:i * n + n]) for i in range(count)] == right
+    assert result["length"] == pytest.approx(statistics.fmean(len(record["completion"]) + 1 for record in records))
+    assert all(record["answer"] == str(record["index"]) for record in records)
+
+
+def test_evaluate_one_problem(grader):
+    problems = [{"problem": "0?", "answer": "0"}]
+    result = ev.evaluate(make_sampler([1], 1), FakeTokenizer(), problems, grader, progress=False)
+    assert result["accuracy"] == 1 and math.isnan(result["standard_error"])
+
+
+RANKS = """
+import json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import eval as ev
+import test_eval
+torch.distributed.init_process_group("gloo")
+right = [i % 5 for i in range(7)]
+problems = [dict(problem=f"{{i}}?", answer=str(i)) for i in range(7)]
+with ev.Grader(workers=1) as grader:
+    result = ev.evaluate(test_eval.make_sampler(right, 4), test_eval.FakeTokenizer(), problems, grader, n=4)
+open({out!r} + str(torch.distributed.get_rank()), "w").write(json.dumps(result))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_evaluate_on_ranks(tmp_path, grader):
+    """Two ranks return what one process does, both of them, although seven problems do not divide by two."""
+    pytest.importorskip("torch")
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path / "rank")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    subprocess.run(command, check=True, env=CLEAN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+    problems = [{"problem": f"{i}?", "answer": str(i)} for i in range(7)]
+    alone = ev.evaluate(make_sampler([i % 5 for i in range(7)], 4), FakeTokenizer(), problems, grader, n=4, progress=False)
+    alone = json.loads(json.dumps(alone))
+    assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)] == [alone, alone]
+
+
+# ---- The command line ----
+
+
+def run(*arguments, **options):
+    command = [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)]
+    environment = CLEAN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+
+
+def test_command_line():
+    arguments = ("--model", TINY, "--benchmarks", "arithmetic", "--limit", 16)
+    done = run(*arguments, "--show", 2)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("arithmetic ")).split()
+    assert row[1] == "16" and 0 < float(row[2]) < 0.6 and 4 < float(row[5]) < 60
+    assert done.stdout.count("gold ") == 2 and "50+98+54+6?" in done.stdout
+    assert "evaluating" in done.stderr  # the progress bar
+    done = run(*arguments, "--n", 4, "--seed", 5)
+    assert done.returncode == 0 and re.search(r"temperature 0.6, seed 5", done.stdout) and " 4: " in done.stdout
+
+
+def test_command_line_help_and_bad_input(tmp_path):
+    done = run("--help")
+    assert done.returncode == 0 and "pass@k" in done.stdout and "olympiadbench" in done.stdout
+    for missing in ("model.safetensors", "tokenizer*"):
+        folder = tmp_path / missing.strip("*")
+        folder.mkdir()
+        for file in TINY.iterdir():
+            if not file.match(missing):
+                (folder / file.name).write_bytes(file.read_bytes())
+    cases = [  # the last one starts torch, the others must not
+        (("--model", TINY, "--benchmarks", "nosuch"), "unknown data set 'nosuch'"),
+        (("--model", TINY, "--benchmarks", "arithmetic,nothing.jsonl"), "there is no file nothing.jsonl"),
+        (("--model", TINY, "--n", 0), "--n must be at least 1"),
+        (("--model", TINY, "--limit", 0), "--limit must be at least 1"),
+        (("--model", TINY, "--temperature", "nan"), "--temperature"),
+        (("--model", TINY, "--temperature", -1), "--temperature"),
+        (("--model", TINY, "--n", 4, "--temperature", 0), "above 0 when n is more than 1"),
+        (("--model", TINY, "--n", "many"), "--n"),
+        (("--model", TINY, "--bogus", 1), "--bogus"),
+        ((), "--model"),
+        (("--model", ROOT / "tests"), "is no model folder"),
+        (("--model", tmp_path / "nowhere" / "at" / "all"), "there is no model folder"),
+        (("--model", tmp_path / "model.safetensors"), "is no model folder"),
+        (("--model", tmp_path / "tokenizer"), "no tokenizer"),
+    ]
+    for arguments, message in cases:
+        done = run(*arguments)
+        assert done.returncode == 2 and done.stdout == "", (arguments, done.stdout, done.stderr)
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), (arguments, done.stderr)
+        assert message in done.stderr, (arguments, done.stderr)
+
+
+def test_interrupt():
+    command = [sys.executable, str(ROOT / "eval.py"), "--model", str(TINY), "--n", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN_ENVIRONMENT)
+    assert "arithmetic" in process.stdout.readline()  # it has begun
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in errors and errors.endswith("interrupted\n")
+
+
+def test_the_models_own_sampling_settings_do_not_leak_in():
+    """A model that comes with top_k=1 in its generation config still samples, and stops at each of its stop tokens."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
+    closing = tokenizer.encode("}")[0]
+    model.generation_config.update(top_k=1, repetition_penalty=5.0, eos_token_id=[closing])
+    sampler = ev.transformers_sampler(model, tokenizer, max_new_tokens=60, batch_size=5)
+    prompts = [tokenizer.encode(text) for text in ("1+2+3+4?", "50+98+54+6?", "12+34+56+78?")]
+    with torch.inference_mode():
+        completions = sampler(prompts, 4, 0, 1.0)
+        assert len(completions) == 12 and len({tuple(completion.ids) for completion in completions[4:8]}) > 1
+        assert all(completion.ids[-1] in (closing, tokenizer.eos_token_id) for completion in completions)
+        assert all(completion.finish == "stop" and closing not in completion.ids[:-1] for completion in completions)
+        assert completions == sampler(prompts, 4, 0, 1.0) != sampler(prompts, 4, 1, 1.0)  # seeds
+        greedy = sampler(prompts, 1, 0, 0.0)
+        for prompt, completion in zip(prompts, greedy):  # left padding changes nothing
+            ids = list(prompt)
+            for _ in completion.ids:
+                ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            assert ids[len(prompt):] == completion.ids
+        short = ev.transformers_sampler(model, tokenizer, max_new_tokens=2, batch_size=5)(prompts, 1, 0, 0.0)
+        assert all(completion.finish == "length" and len(completion.ids) == 2 for completion in short)

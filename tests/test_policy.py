@@ -1,0 +1,96 @@
+"""Policy: log-probabilities in chunks against the model's own logits, on several architectures."""
+
+import importlib
+
+import pytest
+import torch
+import transformers
+from conftest import SCRIPTS
+
+SMALL = dict(vocab_size=301, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16, max_position_embeddings=512)
+ARCHITECTURES = {
+    "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "llama": (transformers.LlamaConfig, dict(tie_word_embeddings=False)),
+    "gemma3": (transformers.Gemma3TextConfig, dict(sliding_window=16, query_pre_attn_scalar=16)),
+    "gpt2": (transformers.GPT2Config, dict(n_embd=48, n_layer=2, n_head=4)),  # dropout in its configuration
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    config, extra = ARCHITECTURES[name]
+    size = {"vocab_size": 301} if name == "gpt2" else SMALL
+    model = transformers.AutoModelForCausalLM.from_config(config(**size, **extra), dtype=torch.float32)
+    for parameter in model.parameters():  # freshly made models are too timid to tell right from wrong
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def batch():
+    """Right-padded sequences, one of them with an empty-looking tail: 6 rows, prompts of 1 to 40 tokens, completions to 150."""
+    generator = torch.Generator().manual_seed(1)
+    prompts, lengths = torch.tensor([1, 5, 40, 7, 3, 2]), torch.tensor([150, 1, 60, 149, 150, 140])
+    input_ids = torch.randint(301, (6, int((prompts + lengths).max())), generator=generator)
+    mask = torch.arange(150) < lengths[:, None]
+    weights = torch.rand(6, 150, generator=generator) * mask
+    return input_ids, prompts, mask, weights
+
+
+def from_logits(model, input_ids, starts, mask, temperature):
+    logits = model(input_ids=input_ids).logits / temperature  # [B, S, V]
+    logp = logits.log_softmax(-1)
+    chosen = logp[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # [B, S - 1]
+    entropies = -(logp.exp() * logp).sum(-1)[:, :-1]  # [B, S - 1]
+    where = (starts[:, None] - 1 + torch.arange(mask.shape[1])).clamp(max=chosen.shape[1] - 1)  # [B, T]
+    return chosen.gather(1, where) * mask, entropies.gather(1, where) * mask
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunks_equal_full_logits(name, temperature):
+    import grpo
+
+    model = make(name)
+    input_ids, starts, mask, weights = batch()
+    assert mask.sum() > 512  # more than one chunk
+    expected, entropies = from_logits(model, input_ids, starts, mask, temperature)
+    (expected * weights).sum().backward()
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    policy = grpo.Policy(model, temperature)
+    logp, entropy = policy(input_ids, starts, mask)
+    (logp * weights).sum().backward()
+    torch.testing.assert_close(logp, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, entropies, rtol=1e-5, atol=1e-5)
+    assert not entropy.requires_grad
+    for key, parameter in model.named_parameters():
+        error = (parameter.grad - gradients[key]).norm() / gradients[key].norm()
+        assert error < 1e-5, f"{key}: {error}"
+    policy.check(list(range(7)))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_changed_logits_are_refused(name, capsys):
+    """Gemma 2 caps its logits after the head: training on the uncapped ones would be training another model."""
+    script = importlib.import_module(name)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**SMALL, final_logit_softcapping=5.0))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    with pytest.raises(SystemExit):
+        script.Policy(model.eval(), 1.0).check([5, 6, 7])
+    assert "logits" in capsys.readouterr().err
+
+
+def test_padding_is_never_read():
+    """What stands behind a row's last token changes nothing: no attention mask is needed on the right."""
+    import grpo
+
+    policy = grpo.Policy(make("qwen2"), 1.0)
+    input_ids, starts, mask, _ = batch()
+    logp, _ = policy(input_ids, starts, mask)
+    for row in range(6):
+        input_ids[row, starts[row] + mask[row].sum() :] = 299
+    torch.testing.assert_close(policy(input_ids, starts, mask)[0], logp, rtol=0, atol=1e-6)

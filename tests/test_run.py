@@ -1,0 +1,251 @@
+"""Whole runs, as a user starts them: what is learnt and logged, bad input, kills, interruptions."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPTS, TINY, launch, metrics
+
+KEYS = """step reward zero_variance length truncated loss entropy kl clip_fraction grad_norm lr tis_mean tis_capped logp_diff
+grader_timeouts skipped tokens_per_second seconds_sampling seconds_grading seconds_training seconds_syncing memory_gb""".split()
+OWN_KEYS = {
+    "grpo": [],
+    "grpo_lambda_traces": ["trace_weight", "advantage_clamped"],
+    "lambda_grpo_learnable": ["lam", "lam_grad", "f_min", "f_max"],
+    "lambda_grpo_prm": ["nontrivial_trees", "path_depth", "intermediate_proportion", "process_set_size"],
+}
+QUICK = ["--prompts_per_step", 4, "--group_size", 4, "--eval_dataset", ""]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_toy_run(name, tmp_path):
+    """The embedded default, all of it: the reward climbs, and everything that was promised is there."""
+    run = tmp_path / "run"
+    done = launch([f"{name}.py", "--output_dir", run, "--seed", 1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = metrics(run, timed=True)
+    assert [row["step"] for row in rows] == list(range(1, 26))
+    for row in rows:
+        assert set(row) - {"eval_accuracy"} == set(KEYS + OWN_KEYS[name])
+        assert all(value is None or math.isfinite(value) for value in row.values())
+        assert row["tis_mean"] is row["tis_capped"] is row["logp_diff"] is None  # transformers reports none
+    assert rows[0]["reward"] <= 0.3 and rows[-1]["reward"] >= 0.85
+    assert rows[-1]["length"] > 2 * rows[0]["length"]
+    assert rows[-1]["eval_accuracy"] >= 0.85 and "eval_accuracy" not in rows[0]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_20", "step_25"]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "problem", "answer", "completion", "reward"} <= set(samples[0])
+    assert "25/25" in done.stderr and "accuracy" in done.stdout and "grad_norm" in done.stdout
+
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
+    inputs = tokenizer("37+5+81+26?", return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0]
+    assert "\\boxed{149}" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_inputs(tmp_path, script):
+    """{what is wrong: (arguments, what the message must name)}."""
+    def data(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    good = '{"problem": "1+1?", "answer": "2"}\n'
+    (tmp_path / "no_model").mkdir()
+    (tmp_path / "no_weights").mkdir()
+    for file in TINY.iterdir():
+        if not file.name.endswith("safetensors"):
+            shutil.copy(file, tmp_path / "no_weights")
+    for name, owner in (("other_script", "another"), ("own", script.SCRIPT), ("finished", script.SCRIPT)):
+        (tmp_path / name / "checkpoints" / "step_25").mkdir(parents=True)
+        saved = {"script": owner, "model": str(TINY), "steps": 25 if name == "finished" else 30, "dataset": "arithmetic"}
+        (tmp_path / name / "args.json").write_text(json.dumps(saved))
+    return {
+        "unknown flag": (["--no_such_flag", "1"], "--no_such_flag"),
+        "unknown data set": (["--dataset", "no_such_data"], "gsm8k"),
+        "unknown benchmark": (["--eval_dataset", "no_such_data"], "gsm8k"),
+        "missing model": (["--model", str(tmp_path / "nowhere")], "nowhere"),
+        "folder without a model": (["--model", str(tmp_path / "no_model")], "no_model"),
+        "folder without weights": (["--model", str(tmp_path / "no_weights")], "safetensors"),
+        "missing data": (["--dataset", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
+        "broken line": (["--dataset", data("broken.jsonl", good + '{"problem": ')], "line 2"),
+        "empty file": (["--dataset", data("empty.jsonl", "")], "empty"),
+        "long prompts": (["--dataset", data("long.jsonl", good.replace("1+1", "1+1" * 9)), "--max_prompt_tokens", "9"], "longer"),
+        "no usable answer": (["--dataset", data("useless.jsonl", good.replace('"2"', '""'))], "answer"),
+        "group of one": (["--group_size", "1"], "at least 2"),
+        "prompts and ranks": (["--prompts_per_step", "7"], "multiple of the 2 ranks"),
+        "temperature 0": (["--temperature", "0"], "--temperature"),
+        "temperature nan": (["--temperature", "nan"], "--temperature"),
+        "infinite temperature": (["--temperature", "inf"], "--temperature"),
+        "negative steps": (["--steps", "-5"], "--steps"),
+        "no steps": (["--steps", "0"], "--steps"),
+        "steps are no number": (["--steps", "many"], "--steps"),
+        "unknown loss": (["--loss", "ppo"], "dr_grpo") if script.SCRIPT == "grpo" else (["--clip_high", "x"], "--clip_high"),
+        "clip above 1": (["--clip_low", "1.5"], "--clip_low"),
+        "negative learning rate": (["--lr", "-1e-6"], "--lr"),
+        "sampler that is not there": (["--sampler", "vllm"], "vllm"),
+        "resume without checkpoint": (["--resume", str(tmp_path / "no_model")], "checkpoint"),
+        "resume another script": (["--resume", str(tmp_path / "other_script")], "another script or model"),
+        "resume another model": (["--resume", str(tmp_path / "own"), "--model", "some/model"], "another script or model"),
+        "resume a finished run": (["--resume", str(tmp_path / "finished")], "--steps"),
+        "folder of another run": (["--output_dir", str(tmp_path / "own")], "holds a run"),
+        "wandb is not there": (["--wandb", "project"], "pip install wandb"),
+    }
+
+
+def test_bad_input(script, tmp_path, monkeypatch, capsys):
+    """Every bad input ends with exit code 2 and one line that names it, before any model is loaded."""
+    def forbidden(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(script.AutoModelForCausalLM, "from_pretrained", forbidden)
+    monkeypatch.setattr(script.dist, "init_process_group", forbidden)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    for wrong, (arguments, names) in bad_inputs(tmp_path, script).items():
+        if arguments[0] == "--wandb" and script.find_spec("wandb"):
+            continue  # it is there: nothing is wrong
+        monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        lines = capsys.readouterr().err.splitlines()
+        lines = [line for line in lines if not line.startswith(("encoding prompts", "\r"))]
+        assert stop.value.code == 2, (wrong, stop.value.code, lines)
+        assert len(lines) == 1 and names in lines[0], (wrong, lines)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bad_input_from_the_shell(name):
+    done = launch([f"{name}.py", "--group_size", 1])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    done = launch([f"{name}.py", "--help"])
+    assert done.returncode == 0 and "--group_size" in done.stdout
+
+
+def test_importing_runs_nothing():
+    done = launch(["-c", f"import {', '.join(SCRIPTS)}"])
+    assert done.returncode == 0 and not done.stdout and not done.stderr
+
+
+# ------------------------------------------------------------------------------------- runs that do not end well
+
+
+def quick(name, run, steps, *more):
+    return [f"{name}.py", *QUICK, "--steps", steps, "--save_every", 1, "--output_dir", run, *more]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_and_resumed(name, tmp_path):
+    """SIGKILL at ten random moments, the first three while a checkpoint is written: the same metrics, bit for bit."""
+    steps, kills = 40, 10 if name == "grpo" else 3
+    done = launch(quick(name, tmp_path / "whole", steps))
+    assert done.returncode == 0, done.stderr[-3000:]
+    run, generator = tmp_path / "killed", random.Random(name)
+    checkpoints = run / "checkpoints"
+    for kill in range(kills):
+        arguments = [f"{name}.py", "--resume", run] if kill else quick(name, run, steps)
+        process = launch(arguments, wait=False)
+        before = newest(checkpoints)
+        wait_for(lambda: newest(checkpoints) > before, process)
+        if kill < 3:
+            wait_for(lambda: any(checkpoints.glob("*.part")), process)
+        else:
+            time.sleep(generator.random() * 0.7)
+        process.kill()
+        process.communicate()
+        if kill < 3:
+            assert any(checkpoints.glob("*.part"))  # it was caught in the act
+    assert newest(checkpoints) < steps
+    done = launch([f"{name}.py", "--resume", run])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(run) == metrics(tmp_path / "whole")
+    assert (run / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+    assert (run / "final" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "final" / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step_{steps - 1}", f"step_{steps}"]
+
+
+def newest(checkpoints):
+    return max((int(path.name[5:]) for path in checkpoints.glob("step_*[0-9]")), default=0)
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nan_stops_before_the_update(name, tmp_path):
+    """A loss that turns NaN at step 3: a message, exit code 1, and the checkpoint of step 2 resumes."""
+    run = tmp_path / "run"
+    program = f"""
+import sys, {name} as script
+honest, calls = script.policy_loss, []
+def broken(*arguments, **options):
+    loss, stats = honest(*arguments, **options)
+    calls.append(1)
+    return loss * (float("nan") if len(calls) == 3 else 1), stats
+script.policy_loss = broken
+sys.argv = {[str(x) for x in quick(name, run, 4)]!r}
+script.main()
+"""
+    done = launch(["-c", program])
+    assert done.returncode == 1 and "stopped before the update: loss nan" in done.stderr and "Traceback" not in done.stderr
+    assert [row["step"] for row in metrics(run)] == [1, 2] and newest(run / "checkpoints") == 2
+    done = launch([f"{name}.py", "--resume", run])
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = launch(quick(name, tmp_path / "whole", 4))
+    assert whole.returncode == 0 and metrics(run) == metrics(tmp_path / "whole")
+
+
+def test_interrupted(tmp_path):
+    """Ctrl-C reaches the whole process group: one line, exit code 130, no worker left."""
+    run = tmp_path / "run"
+    process = launch(quick("grpo", run, 10_000), wait=False)
+    wait_for(lambda: newest(run / "checkpoints") > 1, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and errors.replace("\r", "\n").splitlines()[-1].startswith("error: interrupted")
+
+
+def test_no_group_tells_anything(tmp_path):
+    """All answers wrong in every group: no error, no gradient, parameters unchanged."""
+    (tmp_path / "impossible.jsonl").write_text('{"problem": "1+1+1+1?", "answer": "5"}\n' * 4)
+    done = launch(quick("grpo", tmp_path / "run", 2, "--dataset", tmp_path / "impossible.jsonl"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in metrics(tmp_path / "run"):
+        assert row["zero_variance"] == 1 and row["grad_norm"] == 0 and row["loss"] == 0
+    final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    import safetensors.torch
+
+    before = safetensors.torch.load_file(TINY / "model.safetensors")
+    after = safetensors.torch.load(final)
+    assert all((before[key] == after[key]).all() for key in before)
+
+
+def test_two_ranks_from_the_shell(tmp_path):
+    """torchrun, a whole short run, its checkpoint and its end; then on with one rank."""
+    run = tmp_path / "run"
+    done = launch(quick("grpo", run, 2, "--dataset", "arithmetic"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(metrics(run)) == 2 and (run / "final" / "model.safetensors").exists()
+    done = launch(["grpo.py", "--resume", run, "--steps", 3])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
