@@ -512,7 +512,7 @@ def main():
     tokenizer = load_tokenizer(args.model)
     problems = load_problems(args.dataset, "train")
     eval_problems = load_problems(args.eval_dataset, "test") if args.eval_dataset else []
-    for row in tqdm(problems, "encoding prompts", disable=rank > 0, leave=False):
+    for row in tqdm(problems, "encoding prompts", disable=rank > 0, delay=1, leave=False):
         row["prompt"] = encode_prompt(tokenizer, row["problem"])
     data = [row for row in problems if 0 < len(row["prompt"]) <= args.max_prompt_tokens]
     skipped = len(problems) - len(data)

@@ -1,0 +1,125 @@
+"""Table 1 of "GRPO is secretly a process reward model" (arXiv 2509.21154): a toy tree on which GRPO loses a rare best answer.
+
+    python tests/reproduce_prm_table1.py [--quick] [--seeds 5] [--steps 250] [--lr 1e-4] [--json FILE]
+
+Takes TODO on one CPU core (--quick: seconds).
+
+A completion is 4 tokens of {L, R}. The target leaf L L R L earns +1, every other leaf that shares its first n tokens r_neg, all
+others +0.7. So the way to the best leaf leads through a bad neighbourhood, and GRPO pushes a bad prefix once for each completion
+that takes it; λ-GRPO pushes it once. Measured: the share of sampled completions that are the target, over the last 50 steps.
+The paper says neither its model nor its learning rate; here they are a random 2-layer, 64-wide Qwen2 and Adam.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from grpo import group_advantages, policy_loss, token_weights  # noqa: E402
+from lambda_grpo_prm import process_set_sizes  # noqa: E402
+
+BOS, L, R = range(3)
+LEAVES = torch.tensor(list(itertools.product((L, R), repeat=4)))  # [16, 4]: a tree so small that all completions are at hand
+TARGET = torch.tensor([L, L, R, L])
+GROUP_SIZE, WINDOW = 16, 50
+PAPER = {  # (n, r_neg): target frequency of GRPO and λ-GRPO
+    (1, -0.5): (0.3995, 0.5663), (1, -1.0): (0.0000, 0.7535), (1, -1.5): (0.2000, 0.4463),
+    (2, -0.5): (0.1980, 0.4292), (2, -1.0): (0.0488, 0.3612), (2, -1.5): (0.0000, 0.3820),
+}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2 to 10 seeds, two-sided 95 %
+
+
+def leaf_rewards(n, r_neg):
+    """What each of the leaves earns: [16]."""
+    agree = (LEAVES == TARGET).cumprod(-1).sum(-1)  # [16]: how many of its first tokens are the target's
+    rewards = torch.where(agree >= n, r_neg, 0.7)
+    return torch.where(agree == 4, 1.0, rewards)
+
+
+def train(divide, rewards, seed, steps, lr):
+    """One training run; divide: λ-GRPO instead of GRPO. rewards [16] -> share of each step's completions on target [steps]."""
+    torch.manual_seed(seed)  # the same first weights for both algorithms
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=3, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, bos_token_id=BOS, eos_token_id=None,
+    ))
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    inputs = torch.cat([torch.full((len(LEAVES), 1), BOS), LEAVES[:, :-1]], 1)  # [16, 4]
+    mask = torch.ones(1, GROUP_SIZE, 4)  # [P, G, T], P = 1
+    hits = []
+    for _ in range(steps):
+        logits = model(input_ids=inputs, use_cache=False).logits[..., L:]  # [16, 4, 2]: <bos> is masked
+        leaf_logp = logits.log_softmax(-1).gather(-1, LEAVES[..., None] - L).squeeze(-1)  # [16, 4]
+        # sampling token by token and drawing whole leaves are the same; this needs one forward pass, not five
+        drawn = torch.multinomial(leaf_logp.detach().sum(-1).exp(), GROUP_SIZE, replacement=True)  # [G]
+        logp = leaf_logp[drawn]  # [G, T]
+        advantages = group_advantages(rewards[drawn][None])  # [1, G]
+        weights = token_weights(mask, "dapo")  # [1, G, T]
+        if divide:
+            weights = weights / process_set_sizes(LEAVES[drawn][None], mask)
+        loss, _ = policy_loss(logp, logp.detach(), advantages[0], weights[0])  # one update a batch: π_old is π
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        hits.append((LEAVES[drawn] == TARGET).all(-1).float().mean().item())
+    return hits
+
+
+def interval(values):
+    """Mean and half-width of the 95 % interval, over seeds. With two outcomes, found or lost, it is only a rough one."""
+    values = torch.tensor(values)
+    if len(values) == 1:
+        return values.item(), float("inf")
+    return values.mean().item(), (T95[min(len(values), 10) - 2] * values.std() / len(values) ** 0.5).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 cells, 1 seed, 20 steps: shows that it runs, no more")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--json", metavar="FILE", help="write every seed's result there as well")
+    args = parser.parse_args()
+    cells = list(PAPER)
+    if args.quick:
+        cells, args.seeds, args.steps = [(1, -1.0), (2, -1.0)], 1, 20
+    torch.set_num_threads(1)  # a model this small only loses by more
+    start = time.perf_counter()
+
+    found = {(*cell, divide): [] for cell in cells for divide in (False, True)}  # target frequency of each seed
+    for (n, r_neg, divide), seed in tqdm(list(itertools.product(found, range(args.seeds))), "runs"):
+        hits = train(divide, leaf_rewards(n, r_neg), seed, args.steps, args.lr)[-WINDOW:]
+        found[n, r_neg, divide].append(sum(hits) / len(hits))
+
+    print(f"target frequency, last {WINDOW} of {args.steps} steps, lr {args.lr:g}; mean ± 95 % interval, {args.seeds} seeds")
+    print(f"{'n':>2} {'r_neg':>6} {'GRPO':>16} {'λ-GRPO':>16} {'λ-GRPO - GRPO':>16} {'paper: GRPO':>12} {'λ-GRPO':>7}")
+    ahead, clear, departs = 0, 0, []
+    for n, r_neg in cells:
+        both = found[n, r_neg, False], found[n, r_neg, True]
+        pairs = [after - before for before, after in zip(*both)]  # seed by seed: they begin with the same weights
+        columns = [interval(values) for values in (*both, pairs)]
+        text = " ".join(f"{f'{mean:.4f} ± {half:.4f}':>16}" for mean, half in columns)
+        print(f"{n:>2} {r_neg:>6} {text} {PAPER[n, r_neg][0]:>12.4f} {PAPER[n, r_neg][1]:>7.4f}")
+        ahead += columns[2][0] > 0
+        clear += columns[2][0] > columns[2][1]
+        departs += [f"{name} at ({n}, {r_neg})" for name, (mean, half), value in
+                    zip(("GRPO", "λ-GRPO"), columns, PAPER[n, r_neg]) if abs(mean - value) > half]
+    print(f"λ-GRPO is ahead in {ahead} of {len(cells)} cells (paper: all), in {clear} by more than the interval of the difference.")
+    print(f"The paper's value is outside the interval for: {', '.join(departs) or 'none'}. "
+          f"{time.perf_counter() - start:.0f} s")
+    if args.json:
+        rows = [{"n": n, "r_neg": r_neg, "algorithm": "λ-GRPO" if divide else "GRPO", "target_frequency": values}
+                for (n, r_neg, divide), values in found.items()]
+        Path(args.json).write_text(json.dumps({**vars(args), "cells": rows}, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
