@@ -1,49 +1,56 @@
 """One training step: whatever the micro-batches and the number of ranks, the same loss, gradient norm and parameters."""
 
+import importlib
+
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SCRIPTS, TINY, launch
-from step_worker import GROUP, PROMPTS, VARIANTS, rollouts
+from step_worker import GROUP, PROMPTS, VARIANTS, rollouts, train
+from torch.distributed.device_mesh import init_device_mesh
 
 WHOLE, SMALL, ONE = 10**6, 200, 1  # tokens a micro-batch: all at once, a few rows, one completion
+CASES = [f"{name}/{variant}" for name in SCRIPTS for variant in VARIANTS[name]]
+NOT_REPORTED = {"tis_mean", "tis_capped", "logp_diff"}  # by transformers
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
-def results(request, tmp_path_factory):
-    """{(ranks, case): (metrics, parameters)}; the world of one rank makes all at once what the others cut up."""
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{(ranks, case:budget): (metrics, parameters)}: with one rank all at once and one by one, with 2 and 3 a few at a time."""
     folder, found = tmp_path_factory.mktemp("step"), {}
-    for ranks in (1, 2, 3):
-        budgets = {1: (WHOLE, ONE), 2: (SMALL,), 3: (SMALL,)}[ranks]
-        cases = [f"{variant}:{budget}" for variant in VARIANTS for budget in budgets]
-        done = launch(["tests/step_worker.py", folder / str(ranks), request.param, *cases], ranks=ranks)
+    for ranks, budgets in ((1, (WHOLE, ONE)), (2, (SMALL,)), (3, (SMALL,))):
+        cases = [f"{case}:{budget}" for case in CASES for budget in budgets]
+        done = launch(["tests/step_worker.py", folder / str(ranks), *cases], ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        for case, result in torch.load(folder / str(ranks)).items():
-            found[ranks, case] = result
+        found.update({(ranks, case): result for case, result in torch.load(folder / str(ranks)).items()})
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_same_step_however_computed(results, variant):
-    metrics, parameters = results[1, f"{variant}:{WHOLE}"]
+@pytest.mark.parametrize("case", CASES)
+def test_same_step_however_computed(results, case):
+    metrics, parameters = results[1, f"{case}:{WHOLE}"]
     norm = torch.cat([tensor.flatten() for tensor in parameters.values()]).norm()
-    others = [key for key in results if key[1].startswith(variant + ":") and key != (1, f"{variant}:{WHOLE}")]
-    assert len(others) == 3
-    for key in others:
+    once = case.split("/")[1] not in ("clip", "beta")  # from the second update on, Adam has magnified what rounding left
+    for key in ((1, f"{case}:{ONE}"), (2, f"{case}:{SMALL}"), (3, f"{case}:{SMALL}")):
         other, tensors = results[key]
-        assert [name for name in other if other[name] is None] == ["tis_mean", "tis_capped", "logp_diff"]  # no vLLM here
-        for name in metrics.keys() - {"tis_mean", "tis_capped", "logp_diff"}:
-            assert other[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), (key, name)
+        assert {name for name in other if other[name] is None} == NOT_REPORTED
+        for name in metrics.keys() - NOT_REPORTED:
+            tolerance = {"rel": 1e-5, "abs": 1e-7} if once else {"rel": 3e-4, "abs": 3e-6}
+            if name == "clip_fraction":
+                tolerance = {"abs": 0 if once else 0.01}  # a token at the very edge of the clip may fall on either side
+            assert other[name] == pytest.approx(metrics[name], **tolerance), (key, name)
         difference = torch.cat([(tensors[name] - parameters[name]).flatten() for name in parameters]).norm()
         assert difference < 1e-5 * norm, (key, difference / norm)
 
 
 def test_the_step_does_something(results):
-    start = {name: tensor for name, tensor in model().named_parameters()}
-    for (ranks, case), (metrics, parameters) in results.items():
+    start = dict(model().named_parameters())
+    for (_, case), (metrics, parameters) in results.items():
         assert metrics["grad_norm"] > 1e-3, case
         assert any(not torch.equal(start[name], parameters[name]) for name in parameters), case
-        assert (metrics["clip_fraction"] > 0.1) == case.startswith("clip"), (case, metrics)
+        assert (metrics["clip_fraction"] > 0.05) == ("/clip" in case), (case, metrics)
         assert metrics["zero_variance"] >= 1 / PROMPTS and metrics["truncated"] == 1 / GROUP
+        assert metrics.get("process_set_size", 2) > 1.05 and metrics.get("lam_grad", 1) != 0
 
 
 def model():
@@ -52,7 +59,15 @@ def model():
     return transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
 
 
-def test_step_is_the_objective():
+@pytest.fixture
+def alone():
+    """A process group of this process alone, and its mesh."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    dist.destroy_process_group()
+
+
+def test_step_is_the_objective(alone):
     """The first update's gradient norm, from the whole objective in float64 and full logits. The EOS token is trained."""
     import grpo
 
@@ -68,20 +83,30 @@ def test_step_is_the_objective():
             total = total - advantage * logp[len(prompt) - 1 :].mean() / (GROUP * PROMPTS)
     total.backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).norm().item()
-    assert measured_norm(grpo) == pytest.approx(expected, rel=1e-5)
+    assert train(grpo, alone)[0]["grad_norm"] == pytest.approx(expected, rel=1e-5)
 
 
-def measured_norm(script):
-    """The gradient norm of one GRPO step on the rollouts, in this process."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+SWITCHED_OFF = {  # what turns a variant's idea off, and the --loss of grpo.py that is left; the prm's needs distinct prefixes
+    "grpo_lambda_traces": ({"lam": 0.0, "style": "recent", "min_advantage": float("-inf")}, "grpo"),
+    "lambda_grpo_learnable": ({"lam_lr": 0.0}, "dapo"),
+    "lambda_grpo_prm": ({}, "dapo"),
+}
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        prompts, completions, rewards = rollouts(script)
-        args = script.Args(**{**script.TOY, "prompts_per_step": PROMPTS})
-        policy = script.load_policy(args, init_device_mesh("cpu", (1,)), torch.device("cpu"), prompts[0])
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
-        return script.train_step(policy, None, optimizer, args, prompts, completions, rewards)["grad_norm"]
-    finally:
-        dist.destroy_process_group()
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "grpo"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_switched_off_it_is_grpo_bit_for_bit(alone, name, updates):
+    """The parameters after three steps; and they do differ when the idea is on."""
+    import grpo
+
+    script = importlib.import_module(name)
+    off, loss = SWITCHED_OFF[name]
+    same = {"steps": 3, "shared_prefixes": False, "updates_per_batch": updates}
+    _, expected = train(grpo, alone, loss=loss, **same)
+    _, parameters = train(script, alone, **off, **same)
+    assert all(torch.equal(parameters[key], expected[key]) for key in expected)
+    if updates == 1:
+        on = {"lam_init": 1.0} if name == "lambda_grpo_learnable" else {}
+        _, parameters = train(script, alone, **on, **{**same, "shared_prefixes": True})
+        _, expected = train(grpo, alone, loss=loss, **{**same, "shared_prefixes": True})
+        assert not all(torch.equal(parameters[key], expected[key]) for key in expected)
