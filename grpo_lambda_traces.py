@@ -15,10 +15,10 @@ stands for every δ_t. Maximised is GRPO's J (see grpo.py) with another ratio or
     --style both       tr(t,l) = max((γλ)^l, (γλ)^(t-l))      old tokens keep credit too; the paper's better one
 
 What differs from grpo.py: trace, trace_weights; in policy_loss the traced ratio or the weighted terms; advantages below
--0.1 are clamped to it (paper). On-policy both variants have the same gradient: early tokens count up to T times.
+-0.1 are raised to it (paper). On-policy both variants have the same gradient: early tokens count up to T times.
 Deviations: we read the paper through third parties. ε-weight is our reading (the same double sum, in the other order);
-γ = 1 is ours; the KL term is not traced. Nothing is renormalised: gradients are tens of times larger than GRPO's, so the
-clip at --max_grad_norm does real work. λ = 0 with style recent and --min_advantage=-inf is grpo.py, bit for bit.
+γ = 1 is ours; the KL term is not traced. Nothing is renormalised: gradients can be tens of times GRPO's, so the clip at
+--max_grad_norm does real work. λ = 0 with style recent and --min_advantage=-inf is grpo.py, bit for bit.
 
     python grpo_lambda_traces.py                                                   laptop: a tiny model, a minute
     python grpo_lambda_traces.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -66,9 +66,9 @@ class Args:
     # The algorithm
     lam: float = HfArg(default=0.99, help="λ: how far a token's trace reaches back; 0 (with style recent): plain GRPO")
     gamma: float = HfArg(default=1.0, help="discount γ; only the product γλ matters here")
-    style: Literal["recent", "both"] = HfArg(default="both", help="trace weights: (γλ)^l, or the larger of it and (γλ)^(t-l)")
-    variant: Literal["trace", "weight"] = HfArg(default="trace", help="ε-trace: traced ratio; ε-weight: weighted tokens")
-    min_advantage: float = HfArg(default=-0.1, help="advantages are clamped to at least this; --min_advantage=-inf: not")
+    style: Literal["recent", "both"] = HfArg(default="both", help="trace weights (γλ)^l, or max of it and (γλ)^(t-l)")
+    variant: Literal["trace", "weight"] = HfArg(default="trace", help="ε-trace: traced ratio, or ε-weight: tokens")
+    min_advantage: float = HfArg(default=-0.1, help="advantages are clamped to this; --min_advantage=-inf: off")
     loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="how tokens are weighted: see the docstring")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - clip_low")
     clip_high: float = HfArg(default=0.2, help="and above at 1 + clip_high (DAPO's clip-higher: 0.28)")
@@ -135,7 +135,7 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
 
 
 def trace(x, decay, style):
-    """The eligibility trace y[t] = Σ_l tr(t, l)·x[t - l] over l = 0..t (paper eq. 2). x [B, T] -> y [B, T], differentiable.
+    """The eligibility trace y[t] = Σ_l tr(t, l)·x[t - l], l = 0..t (paper eq. 2). x [B, T] -> y [B, T], differentiable.
 
     "recent": tr(t, l) = decay^l, a first-order recurrence, solved by log2(T) shifted additions. "both": tr(t, l) =
     max(decay^l, decay^(t - l)): the first half of the tokens up to t is weighted by the distance from the start, the
@@ -156,7 +156,7 @@ def trace(x, decay, style):
 
 
 def trace_weights(mask, decay, style):
-    """What a token's log-probability counts in all traces: Σ_{s >= t} tr(s, s - t) over the response. mask [B, T] -> [B, T].
+    """What a token counts in all traces of its response: Σ_{s >= t} tr(s, s - t). mask [B, T] -> [B, T].
 
     It is the transpose of trace, applied to ones: so autograd computes it. 0 on padding.
     Example: three tokens, decay 1/2: recent [1.75, 1.5, 1], both [3, 1.5, 1].
@@ -168,8 +168,10 @@ def trace_weights(mask, decay, style):
     return weights * mask
 
 
-def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0,
-                decay=0.99, style="both", variant="trace"):
+def policy_loss(
+    logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0,
+    decay=0.99, style="both", variant="trace",
+):
     """The clipped surrogate, to be minimised: minus J of the top of the file. decay is γλ.
 
     logp, old_logp, weights (and ref_logp) [B, T], advantages [B] -> scalar, and sums over the tokens with a weight:

@@ -13,10 +13,10 @@ The idea. GRPO, DAPO and Dr. GRPO differ in one factor f(o_i) of the same token-
 and the last one is learnt: λ is one number, trained on the same objective. λ = 0 is DAPO; λ > 0 prefers long
 completions, λ < 0 short ones. On-policy, λ rises exactly when the longer completions have the higher advantages.
 
-What differs from grpo.py: length_preference; in policy_loss the factor f; in the step λ's exact gradient, from what each
-whole completion sums up to over all micro-batches and ranks, and its own gradient step. λ is a buffer of the policy: it is
-in every checkpoint, AdamW and the gradient clip do not touch it. --loss is gone: the aggregation is the idea.
-Deviations: r = 1/9, λ = 0 at the start, SGD with 0.1 come to us from third parties; that σ is the population's, and that
+What differs from grpo.py: length_preference; in policy_loss the factor f; in the step λ's exact gradient, from the sum
+over each whole completion in all micro-batches and on all ranks, and λ's own gradient step. λ is a buffer of the
+policy: every checkpoint has it, AdamW and the gradient clip do not touch it. --loss is gone: f replaces it.
+Deviations: r = 1/9, λ = 0 at first and SGD with 0.1 come to us from third parties; that σ is the population's, and that
 the KL term is weighted without f, is our reading.
 
     python lambda_grpo_learnable.py                                                   laptop: a tiny model, a minute
@@ -131,10 +131,10 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
 
 
 def length_preference(lengths, lam, r=1 / 9):
-    """How much each completion's tokens count, by its length. lengths [P, G] (tokens), scalar lam -> f [P, G].
+    """How much each completion's tokens count, by its length. lengths [P, G] in tokens, scalar lam -> f [P, G].
 
-    f = G·softmax(h^lam), h = 1 + r·(length - mean) / std with the population std; mean of f is 1. Differentiable in lam.
-    lam = 0: f = 1 (DAPO). Equal lengths: f = 1. h is kept above 1e-6, which cannot bind below G = 82 at r = 1/9.
+    f = G·softmax(h^lam), h = 1 + r·(length - mean) / std with the population std. The mean of f is 1.
+    lam = 0: f = 1 (DAPO). Equal lengths: f = 1. h is kept above 1e-6, which cannot bind below G = 82 if r = 1/9.
     Example: lengths [10, 30], lam 1: h = [8/9, 10/9], f = [.889, 1.111].
     """
     lengths = lengths.to(torch.get_default_dtype())
@@ -143,7 +143,9 @@ def length_preference(lengths, lam, r=1 / 9):
     return lengths.shape[-1] * (h**lam).softmax(-1)
 
 
-def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0, preference=None):
+def policy_loss(
+    logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0, preference=None
+):
     """The clipped surrogate, to be minimised: minus J of the top of the file. preference: f of each completion [B].
 
     logp, old_logp, weights (and ref_logp) [B, T], advantages [B] -> scalar, and sums over the tokens with a weight:
@@ -156,7 +158,8 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     advantages = advantages[:, None]  # [B, 1]
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -(weights * preference[:, None] * torch.minimum(unclipped, clipped)).sum()
+    preferred = weights if preference is None else weights * preference[:, None]  # [B, T]
+    loss = -(preferred * torch.minimum(unclipped, clipped)).sum()
     if beta > 0:
         log_ref = torch.where(counted, ref_logp - logp, 0.0)
         loss = loss + beta * (weights * (log_ref.exp() - log_ref - 1)).sum()
@@ -341,7 +344,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         optimizer.zero_grad()
         lam = policy.lam.clone().requires_grad_()  # λ:
         preference = length_preference(lengths, lam, args.length_scale)  # λ: [P, G], with its graph to lam
-        leaf = preference.detach().flatten().requires_grad_()  # λ: [P·G], collects what each completion's tokens sum up to
+        leaf = preference.detach().flatten().requires_grad_()  # λ: [P·G], collects the sums over completions
         sums = Counter()
         for k, (rows, real) in enumerate(plan):
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
@@ -372,7 +375,8 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoint stays good", 1)
         if sums.get("logp_diff", 0) > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
-        (lam_grad,) = torch.autograd.grad(preference, lam, leaf.grad.view(preference.shape) / dist.get_world_size())  # λ:
+        slope = leaf.grad.view(preference.shape) / dist.get_world_size()  # λ: [P, G]
+        (lam_grad,) = torch.autograd.grad(preference, lam, slope)  # λ:
         dist.all_reduce(lam_grad)  # λ: the sum over all prompts; 1/P is in the weights
         policy.lam -= args.lam_lr * lam_grad  # λ: a step of SGD; neither AdamW nor the gradient clip comes near
         optimizer.step()
@@ -387,7 +391,8 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     return {
         **{name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()},
         "length": tokens / (args.updates_per_batch * args.prompts_per_step * group_size),
-        "lam": policy.lam.item(), "lam_grad": lam_grad.item(), "f_min": -bounds[0].item(), "f_max": bounds[1].item(),  # λ:
+        "lam": policy.lam.item(), "lam_grad": lam_grad.item(),  # λ:
+        "f_min": -bounds[0].item(), "f_max": bounds[1].item(),  # λ:
         "tis_mean": None, "tis_capped": None, "logp_diff": None,  # unless the sampler reports its log-probabilities
         **{name: total / counts.get(name, tokens) for name, total in metrics.items()},
     }
@@ -505,7 +510,7 @@ def main():
     mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
     policy = load_policy(args, mesh, device, data[0]["prompt"])
     reference = load_policy(args, mesh, device, data[0]["prompt"], trainable=False) if args.beta > 0 else None
-    policy.register_buffer("lam", torch.tensor(args.lam_init, device=device))  # λ: a buffer is saved, and not trained by AdamW
+    policy.register_buffer("lam", torch.tensor(args.lam_init, device=device))  # λ: saved, but not AdamW's
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
     sampler = HFSampler(args, tokenizer, device)
 

@@ -1,15 +1,15 @@
 """λ-GRPO from process rewards, in one file: GRPO that counts a prefix shared by several completions once.
 
-Paper: GRPO is secretly a process reward model (arXiv 2509.21154, Sullivan, Koller). Not to be mixed up with the λ-GRPO of
-lambda_grpo_learnable.py, nor with GRPO-λ: here λ is a set of completions.
+Paper: GRPO is secretly a process reward model (arXiv 2509.21154, Sullivan, Koller). It is neither the λ-GRPO of
+lambda_grpo_learnable.py nor GRPO-λ: here λ is a set of completions.
 
-The idea. The process set λ(i,t) holds the completions of the group that begin with the first t + 1 tokens of o_i. Give the
-step that they share the mean of their rewards, and normalise with the group's own mean and std:
+The idea. The process set λ(i,t) holds the completions of the group that begin with o_i's first t + 1 tokens. Reward the
+step they share with the mean of their rewards, and normalise with the group's own mean and std:
 
     A[i,t] = (mean of R over λ(i,t) - mean(R)) / std(R)
 
-Theorem 1: with the token-level loss and one update a batch, GRPO's loss is the loss with these process advantages. So GRPO
-rewards steps, and it adds up a shared step |λ| times: much-used prefixes are pushed |λ| times as hard. λ-GRPO divides:
+Theorem 1: with the token-level loss and one update a batch, GRPO's loss is the loss with these process advantages. So
+GRPO rewards steps, but it adds up a shared step |λ| times: it is pushed |λ| times as hard. λ-GRPO divides:
 
     J = sum over groups of  1/Σ_j|o_j| · Σ_i Σ_t  (min(r[i,t]·A[i], clip(..)·A[i]) - β·k3[i,t]) / |λ(i,t)|
 
@@ -142,13 +142,13 @@ def process_set_sizes(completion_ids, mask):
 def tree_statistics(sizes, mask):
     """What the paper measures of the groups' prefix trees. sizes, mask [P, G, T] -> sums over the P groups.
 
-    The root is the whole group, a leaf the set at a completion's last token; between them are the inner nodes, runs of tokens
-    with the same set. nontrivial_trees: 1 for a group with an inner node. path_depth: inner nodes from root to leaf, the mean
-    over completions. intermediate_proportion: share of a completion's tokens in inner nodes, likewise. process_set_size: the
-    mean of |λ| over tokens. Example: ABC, ABD, AE -> 1, (1 + 1 + 0) / 3, (1/3 + 1/3 + 0) / 3, 2.
+    The root is the whole group, a leaf the set at a completion's last token; between them are the inner nodes, runs of
+    tokens with the same set. nontrivial_trees: 1 for a group with an inner node. path_depth: inner nodes from root to
+    leaf, the mean over completions. intermediate_proportion: share of a completion's tokens in inner nodes, likewise.
+    process_set_size: the mean of |λ| over tokens. Example: ABC, ABD, AE -> 1, (1 + 1 + 0) / 3, (1/3 + 1/3 + 0) / 3, 2.
     """
     mask = mask.bool()
-    leaf = torch.where(mask, sizes, sizes.shape[1]).amin(-1, keepdim=True)  # [P, G, 1]: sets only shrink along a completion
+    leaf = torch.where(mask, sizes, sizes.shape[1]).amin(-1, keepdim=True)  # [P, G, 1]: along a completion sets shrink
     inner = (sizes > leaf) & (sizes < sizes.shape[1]) & mask  # [P, G, T]
     begins = inner.clone()  # a new size is a new set
     begins[..., 1:] &= sizes[..., 1:] != sizes[..., :-1]
@@ -348,8 +348,8 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
     advantages = group_advantages(rewards)  # λ: [P, G]
-    completion_ids = pad_sequence([torch.tensor(c.ids) for c in completions], batch_first=True).to(device)  # λ: [P·G, T]
-    sizes = process_set_sizes(completion_ids.view(mask.shape), mask)  # λ: [P, G, T]
+    ids = pad_sequence([torch.tensor(completion.ids) for completion in completions], batch_first=True)  # λ: [P·G, T]
+    sizes = process_set_sizes(ids.to(device).view(mask.shape), mask)  # λ: [P, G, T]
     weights = token_weights(mask, "dapo", num_prompts=args.prompts_per_step) / sizes  # λ: [P, G, T]
     mask, advantages, weights = mask.flatten(0, 1), advantages.flatten(), weights.flatten(0, 1)  # [P·G, ...]
     starts = torch.tensor([len(ids) for ids in prompts], device=device).repeat_interleave(group_size)  # [P·G]
