@@ -504,10 +504,10 @@ def main():
             wandb.init(project=args.wandb, name=run.name, config=asdict(args))
     sampler.load(full_weights(policy, sampler.dtype))
     size = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    say(f"{SCRIPT}: {args.model}, {size:.1f} M parameters, {world} x {device.type}, sampler: transformers")
+    say(f"{SCRIPT}: {Path(args.model).name}, {size:.1f} M parameters, {world} x {device.type}, sampler: transformers")
     say(f"{args.dataset}: {len(data)} prompts, {skipped} skipped; steps {first + 1} to {args.steps}, written to {run}")
     columns = ["step", "reward", "length", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second"]
-    say(" ".join(f"{column[:9]:>9}" for column in columns))
+    say(" ".join(f"{column:>9}" for column in columns))
 
     # 4. The steps
     share = args.prompts_per_step // world
@@ -551,7 +551,7 @@ def main():
             if eval_problems and (step == args.steps or args.eval_every and step % args.eval_every == 0):
                 metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
             if rank == 0:
-                say(" ".join(f"{metrics[column]:9.4g}" for column in columns))
+                say(" ".join(f"{metrics[column]:{max(9, len(column))}.4g}" for column in columns))
                 with open(run / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics) + "\n")
                 with open(run / "samples.jsonl", "a") as file:

@@ -101,6 +101,18 @@ def test_equal_rewards_give_exactly_nothing(loss):
         assert value == 0 and logp.grad.eq(0).all()
 
 
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_rewards_that_differ_by_rounding_are_equal(normalize_std):
+    for size in (3, 6, 7, 16):  # the mean of seven times 0.1 is not 0.1
+        for noise in (0.0, 1e-7):
+            rewards = torch.full((2, size), 0.1)
+            rewards[0, 0] += noise
+            assert grpo.group_advantages(rewards, normalize_std).eq(0).all()
+            assert grpo.group_advantages(rewards.float(), normalize_std).eq(0).all()
+            rewards[0, 0] += 1e-3
+            assert grpo.group_advantages(rewards, normalize_std)[0].ne(0).all()
+
+
 def test_advantages_example():
     advantages = grpo.group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]]))
     torch.testing.assert_close(advantages[0], torch.tensor([1.0, -1.0, -1.0, 1.0]) * 0.5 / (math.sqrt(1 / 3) + 1e-4))

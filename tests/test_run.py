@@ -39,6 +39,9 @@ def test_toy_run(name, tmp_path):
     assert rows[0]["reward"] <= 0.3 and rows[-1]["reward"] >= 0.85
     assert rows[-1]["length"] > 2 * rows[0]["length"]
     assert rows[-1]["eval_accuracy"] >= 0.85 and "eval_accuracy" not in rows[0]
+    assert rows[-1].get("lam", 1) > 0.05  # long answers were the right ones
+    assert rows[-1].get("process_set_size", 9) > 1.5 * rows[0].get("process_set_size", 1)  # the groups grow alike
+    assert rows[0].get("advantage_clamped", 1) > 0.3 and rows[-1].get("trace_weight", 99) > rows[0].get("trace_weight", 0)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_20", "step_25"]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {"step", "problem", "answer", "completion", "reward"} <= set(samples[0])

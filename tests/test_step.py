@@ -110,3 +110,39 @@ def test_switched_off_it_is_grpo_bit_for_bit(alone, name, updates):
         _, parameters = train(script, alone, **on, **{**same, "shared_prefixes": True})
         _, expected = train(grpo, alone, loss=loss, **{**same, "shared_prefixes": True})
         assert not all(torch.equal(parameters[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importance_weights_and_the_alarm(alone, name, monkeypatch, capsys):
+    """A sampler that reports log-probabilities off by a constant: all gradients scale by exp(-constant), up to the cap."""
+    script = importlib.import_module(name)
+    honest = rollouts(script)
+    off = {"style": "recent", "lam": 0.0} if name == "grpo_lambda_traces" else {}
+
+    def reported(shift):
+        """The rollouts with the trainer's own log-probabilities, plus `shift`."""
+        prompts, completions, rewards = honest
+        policy = script.load_policy(script.Args(**script.TOY), alone, torch.device("cpu"), prompts[0])
+        told = []
+        for i, completion in enumerate(completions):
+            prompt = prompts[i // GROUP]
+            mask = torch.ones(1, len(completion.ids), dtype=torch.bool)
+            logp, _ = policy(torch.tensor([prompt + completion.ids]), torch.tensor([len(prompt)]), mask)
+            told.append(completion._replace(logps=(logp[0] + shift).tolist()))
+        return prompts, told, rewards
+
+    def step(shift, **changes):
+        monkeypatch.setattr("step_worker.rollouts", lambda *_: honest if shift is None else reported(shift))
+        return train(script, alone, micro_batch_tokens=300, **off, **changes)[0]
+
+    plain = step(None)
+    assert plain["tis_mean"] is None
+    for shift, cap, factor in ((0.0, 2.0, 1.0), (0.4, 2.0, 0.6703), (-0.4, 2.0, 1.4918), (-0.4, 1.2, 1.2)):
+        metrics = step(shift, tis_cap=cap)
+        assert metrics["tis_mean"] == pytest.approx(factor, rel=1e-3)
+        assert metrics["tis_capped"] == pytest.approx(float(cap == 1.2))
+        assert metrics["logp_diff"] == pytest.approx(abs(shift), abs=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(factor * plain["grad_norm"], rel=1e-3)
+    with pytest.raises(SystemExit) as stop:
+        step(0.6)
+    assert stop.value.code == 1 and "Δ log p" in capsys.readouterr().err
