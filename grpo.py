@@ -7,7 +7,7 @@ For each of P prompts a group of G completions o_1..o_G is sampled and rewarded 
     J = sum over groups, completions i, tokens t of  w[i,t] · min(r[i,t]·A[i], clip(r[i,t], 1-ε_low, 1+ε_high)·A[i])
         - β · the same weighted sum of k3[i,t]
     r[i,t]  = π(token t of o_i) / π_old(token t of o_i)                        (GRPO eq. 3, per token)
-    k3[i,t] = exp(ref - logπ) - (ref - logπ) - 1, ref = logπ_ref               (GRPO eq. 4; β = 0: no reference model)
+    k3[i,t] = exp(d) - d - 1, d = log(π_ref/π) of that token                   (GRPO eq. 4; β = 0: no reference model)
 
     --loss     advantage A[i]                   weight w[i,t], each also times 1/P
     grpo       (R_i - mean) / (std + 1e-4)      1 / (G·|o_i|)        every completion counts the same (eq. 3)
@@ -18,6 +18,7 @@ The weights hold every normaliser, and a group lives whole on one rank. So neith
 ranks can change the gradient. One update per batch is the default; then π_old = π, the ratio is 1 and the clip idle.
 Deviations: std is the sample one (ddof 1), and in a group of equal rewards all advantages are exactly 0; DAPO's token
 mean is taken in each group; its dynamic sampling and overlong penalty, which concern data and reward, are not here.
+The variants beside this file change its algorithm block and the lines that are marked "# λ:", and nothing else.
 
     python grpo.py                                                   laptop: a tiny model learns sums in a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -116,7 +117,7 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
     The normalisers of the table at the top, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
     mask's own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
     """
-    mask = mask.to(torch.get_default_dtype())
+    mask = mask.to(torch.get_default_dtype())  # float32; float64 where tests ask for it
     group_size = mask.shape[1]
     lengths = mask.sum(-1, keepdim=True)  # [P, G, 1]
     if loss == "grpo":
@@ -128,7 +129,9 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
     return mask / normaliser / (num_prompts or mask.shape[0])
 
 
-def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0):
+def policy_loss(
+    logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0,
+):
     """The clipped surrogate, to be minimised: minus J of the top of the file (GRPO eq. 3).
 
     logp, old_logp, weights (and ref_logp) [B, T], advantages [B] -> scalar, and sums over the tokens with a weight:
@@ -169,7 +172,7 @@ class HFSampler:
         self.model, self.max_new_tokens = model.to(device).eval(), args.max_new_tokens
         stops = model.generation_config.eos_token_id
         stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
-        self.stops = sorted({stop for stop in stops if stop is not None})
+        self.stops = sorted({stop for stop in stops if stop is not None}) or [-1]  # no stop token: never the end
         model.generation_config = GenerationConfig()  # without the model's own top-k and penalties: they bias the ratio
 
     @torch.no_grad()
@@ -182,17 +185,17 @@ class HFSampler:
     def __call__(self, prompt_ids, n, seed, temperature):
         """n completions of each prompt, prompt by prompt: token ids in, Completions out. Temperature 0 is greedy."""
         how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-        how.update(max_new_tokens=self.max_new_tokens, eos_token_id=self.stops, pad_token_id=self.stops[0])
-        # padded on the left, so that all prompts end at the same place
-        backwards = [torch.tensor(ids[::-1]) for ids in prompt_ids for _ in range(n)]
-        input_ids = pad_sequence(backwards, batch_first=True, padding_value=-1).flip(1).to(self.model.device)
-        inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}  # [P·n, S]
+        how.update(max_new_tokens=self.max_new_tokens, eos_token_id=self.stops, pad_token_id=max(0, self.stops[0]))
+        rows, completions = [ids for ids in prompt_ids for _ in range(n)], []
         torch.manual_seed(seed)
-        output = self.model.generate(**inputs, generation_config=GenerationConfig(**how))
-        completions = []
-        for ids in output[:, input_ids.shape[1] :].tolist():
-            stop = next((t for t, token in enumerate(ids) if token in self.stops), None)
-            completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
+        for batch in (rows[i : i + 256] for i in range(0, len(rows), 256)):  # bounds the memory of the key-value cache
+            backwards = [torch.tensor(ids[::-1]) for ids in batch]  # to pad on the left: all prompts end at one place
+            input_ids = pad_sequence(backwards, batch_first=True, padding_value=-1).flip(1).to(self.model.device)
+            inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}  # [B, S]
+            output = self.model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
+            for ids in output[:, input_ids.shape[1] :].tolist():
+                stop = next((t for t, token in enumerate(ids) if token in self.stops), None)
+                completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
         return completions
 
 
@@ -262,6 +265,7 @@ def load_policy(args, mesh, device, probe, trainable=True):
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     if source:
         policy.check(probe)
+    # kept aside, because to_empty below drops what fully_shard leaves
     weights, buffers = policy.state_dict() if source else {}, [buffer.clone() for buffer in policy.buffers()]
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if device.type == "cuda" and trainable:
@@ -276,7 +280,8 @@ def load_policy(args, mesh, device, probe, trainable=True):
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(policy, weights, options=options)
     for buffer, value in zip(policy.buffers(), buffers):  # rotary frequencies and the like are in no state dict
-        buffer.copy_(value if source else buffer)
+        if source:
+            buffer.copy_(value)
         dist.broadcast(buffer, 0)
     return policy
 
@@ -295,9 +300,10 @@ def sum_over_ranks(values, device):
 
 
 def micro_batches(lengths, budget, device):
-    """Cut sequences, sorted by length, into micro-batches of rows × longest ≤ budget tokens: [(rows, 1.0), ...].
+    """Cut sequences into micro-batches of rows × longest ≤ budget tokens, or of one longer row: [(rows, 1.0), ...].
 
-    All ranks get the same number, or FSDP would wait for ever: where one is short, its shortest row repeats with 0.0.
+    Sorted by length, to pad little. All ranks get the same number, or FSDP would wait for ever: a rank that is short of
+    them repeats its shortest row, with factor 0.0.
     """
     batches = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -324,11 +330,11 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     metrics = Counter()
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
-        sums = Counter()
-        for k, (rows, real) in enumerate(plan):
+        sums = Counter()  # adds up, over micro-batches
+        for k, (rows, factor) in enumerate(plan):
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
             longest = lengths.flatten()[rows].max()
-            counted, weight = mask[rows, :longest] & (real > 0), weights[rows, :longest] * real  # [B, T], [B, T]
+            counted, weight = mask[rows, :longest] & (factor > 0), weights[rows, :longest] * factor  # [B, T], [B, T]
             logp, entropy = policy(input_ids, starts[rows], mask[rows, :longest])  # [B, T], [B, T]
             old_logp.setdefault(k, logp.detach())
             if reference is not None and k not in ref_logp:
@@ -342,15 +348,16 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 sums["tis_mean"] += importance[counted].sum()
                 sums["tis_capped"] += (gap.exp() > args.tis_cap).sum()
                 sums["logp_diff"] += gap.abs().sum()
+            advantage = advantages[rows]  # λ: [B]
             loss, stats = policy_loss(
-                logp, old_logp[k], advantages[rows], weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
+                logp, old_logp[k], advantage, weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
             )
             (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the objective is a sum
             sums.update({**stats, "loss": loss.detach(), "entropy": entropy[counted].sum()})
         sums = sum_over_ranks(sums, device)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(sums["loss"] + norm):
-            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoint stays good", 1)
+            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoints are good", 1)
         if sums.get("logp_diff", 0) > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
@@ -358,17 +365,24 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     spread = rewards.amax(-1) - rewards.amin(-1)  # [P]
     cut_off = sum(completion.finish == "length" for completion in completions) / group_size
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": (spread < 1e-6).sum(), "truncated": cut_off}
+    sums["length"] = lengths.float().mean(-1).sum()
     tokens = metrics.pop("tokens")
     counts = {"loss": args.updates_per_batch, "grad_norm": args.updates_per_batch}  # the others are means over tokens
     return {
         **{name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()},
-        "length": tokens / (args.updates_per_batch * args.prompts_per_step * group_size),
         "tis_mean": None, "tis_capped": None, "logp_diff": None,  # unless the sampler reports its log-probabilities
         **{name: total / counts.get(name, tokens) for name, total in metrics.items()},
     }
 
 
 # 5. Checkpoints and arguments -----------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    """Write a file so that, killed at any moment, it is the old or the new one."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def checkpoints(run):
@@ -420,7 +434,7 @@ def parse_args():
     args.output_dir = args.resume or args.output_dir or f"runs/{SCRIPT}-{time.strftime('%Y%m%d-%H%M%S')}"
     world, done = int(os.environ.get("WORLD_SIZE", 1)), checkpoints(args.output_dir)
     for name, value in asdict(args).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # λ: where others may be negative
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # λ: (a number of theirs may be negative)
             fail(f"--{name} {value}: must be a number, 0 or above")
         if name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens") and value < 1:
             fail(f"--{name} {value}: must be at least 1")
@@ -431,7 +445,8 @@ def parse_args():
         (args.prompts_per_step % world == 0, f"--prompts_per_step must be a multiple of the {world} ranks"),
         (args.resume or not Path(args.output_dir, "args.json").exists(),
          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it"),
-        (not done or int(done[-1].name[5:]) < args.steps, f"--resume {args.resume}: all steps are done; raise --steps"),
+        (not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}"),
+        (args.max_grad_norm > 0, "--max_grad_norm must be above 0"),
         (not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb"),
     ):
         if not right:
@@ -495,10 +510,10 @@ def main():
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
             shutil.rmtree(part)
-        (run / "args.json").write_text(json.dumps({"script": SCRIPT, **asdict(args), "resume": None}, indent=1))
+        write(run / "args.json", json.dumps({"script": SCRIPT, **asdict(args), "resume": None}, indent=1))
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
             rows = path.read_text().splitlines(keepends=True) if args.resume else []
-            path.write_text("".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first))
+            write(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first))
         if args.wandb:
             import wandb
             wandb.init(project=args.wandb, name=run.name, config=asdict(args))
@@ -549,14 +564,16 @@ def main():
                 "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else peak,
             }
             if eval_problems and (step == args.steps or args.eval_every and step % args.eval_every == 0):
-                metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+                metrics["eval_accuracy"] = accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+                say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
             if rank == 0:
                 say(" ".join(f"{metrics[column]:{max(9, len(column))}.4g}" for column in columns))
                 with open(run / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics) + "\n")
                 with open(run / "samples.jsonl", "a") as file:
                     for row, text, reward in list(zip(asked, texts, rewards.flatten().tolist()))[:4]:
-                        file.write(json.dumps({"step": step, **row, "completion": text, "reward": reward}) + "\n")
+                        row = {"problem": row["problem"], "answer": row["answer"], "completion": text, "reward": reward}
+                        file.write(json.dumps({"step": step, **row}) + "\n")
                 if args.wandb:
                     wandb.log(metrics, step=step)
             if step == args.steps or args.save_every and step % args.save_every == 0:
@@ -564,9 +581,7 @@ def main():
 
     # 5. The end: a model that everything else can load
     save_final(policy, tokenizer, run / "final")
-    if eval_problems:
-        say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} ({len(eval_problems)} problems, greedy)")
-    say(f"reward of the last step: {metrics['reward']:.3f}; model: {run / 'final'}; metrics: {run / 'metrics.jsonl'}")
+    say(f"the model is in {run / 'final'}, the metrics of every step are in {run / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

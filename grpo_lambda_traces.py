@@ -67,7 +67,7 @@ class Args:
     lam: float = HfArg(default=0.99, help="λ: how far a token's trace reaches back; 0 (with style recent): plain GRPO")
     gamma: float = HfArg(default=1.0, help="discount γ; only the product γλ matters here")
     style: Literal["recent", "both"] = HfArg(default="both", help="trace weights (γλ)^l, or max of it and (γλ)^(t-l)")
-    variant: Literal["trace", "weight"] = HfArg(default="trace", help="ε-trace: traced ratio, or ε-weight: tokens")
+    variant: Literal["trace", "weight"] = HfArg(default="trace", help="ε-trace (ratios), or ε-weight (of tokens)")
     min_advantage: float = HfArg(default=-0.1, help="advantages are clamped to this; --min_advantage=-inf: off")
     loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="how tokens are weighted: see the docstring")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - clip_low")
@@ -122,7 +122,7 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
     The normalisers of the table at the top, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
     mask's own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
     """
-    mask = mask.to(torch.get_default_dtype())
+    mask = mask.to(torch.get_default_dtype())  # float32; float64 where tests ask for it
     group_size = mask.shape[1]
     lengths = mask.sum(-1, keepdim=True)  # [P, G, 1]
     if loss == "grpo":
@@ -150,8 +150,8 @@ def trace(x, decay, style):
     if style == "recent":
         return recent
     t = torch.arange(x.shape[-1], device=x.device)  # [T]
-    half = t // 2
-    start = (x * decay ** t.to(x.dtype)).cumsum(-1)[..., half]
+    half = t // 2  # [T]
+    start = (x * decay ** t.to(x.dtype)).cumsum(-1)[..., half]  # [B, T]
     return start + recent - decay ** (t - half).to(x.dtype) * recent[..., half]
 
 
@@ -172,9 +172,10 @@ def policy_loss(
     logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0,
     decay=0.99, style="both", variant="trace",
 ):
-    """The clipped surrogate, to be minimised: minus J of the top of the file. decay is γλ.
+    """The clipped surrogate, to be minimised: minus J of the top of the file. decay: γλ; style, variant: as the flags.
 
     logp, old_logp, weights (and ref_logp) [B, T], advantages [B] -> scalar, and sums over the tokens with a weight:
+    "trace_weight" (of tokens in all traces), and as in grpo.py
     {"tokens", "clip_fraction" (where the clip stops the gradient), "kl" (k3 estimate of KL(old || new))}.
     Example: log-ratio 0.5, advantage 1, weight 1 -> loss -1.2, clipped; with advantage -1 -> loss 1.65.
     """
@@ -216,7 +217,7 @@ class HFSampler:
         self.model, self.max_new_tokens = model.to(device).eval(), args.max_new_tokens
         stops = model.generation_config.eos_token_id
         stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
-        self.stops = sorted({stop for stop in stops if stop is not None})
+        self.stops = sorted({stop for stop in stops if stop is not None}) or [-1]  # no stop token: never the end
         model.generation_config = GenerationConfig()  # without the model's own top-k and penalties: they bias the ratio
 
     @torch.no_grad()
@@ -229,17 +230,17 @@ class HFSampler:
     def __call__(self, prompt_ids, n, seed, temperature):
         """n completions of each prompt, prompt by prompt: token ids in, Completions out. Temperature 0 is greedy."""
         how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-        how.update(max_new_tokens=self.max_new_tokens, eos_token_id=self.stops, pad_token_id=self.stops[0])
-        # padded on the left, so that all prompts end at the same place
-        backwards = [torch.tensor(ids[::-1]) for ids in prompt_ids for _ in range(n)]
-        input_ids = pad_sequence(backwards, batch_first=True, padding_value=-1).flip(1).to(self.model.device)
-        inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}  # [P·n, S]
+        how.update(max_new_tokens=self.max_new_tokens, eos_token_id=self.stops, pad_token_id=max(0, self.stops[0]))
+        rows, completions = [ids for ids in prompt_ids for _ in range(n)], []
         torch.manual_seed(seed)
-        output = self.model.generate(**inputs, generation_config=GenerationConfig(**how))
-        completions = []
-        for ids in output[:, input_ids.shape[1] :].tolist():
-            stop = next((t for t, token in enumerate(ids) if token in self.stops), None)
-            completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
+        for batch in (rows[i : i + 256] for i in range(0, len(rows), 256)):  # bounds the memory of the key-value cache
+            backwards = [torch.tensor(ids[::-1]) for ids in batch]  # to pad on the left: all prompts end at one place
+            input_ids = pad_sequence(backwards, batch_first=True, padding_value=-1).flip(1).to(self.model.device)
+            inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}  # [B, S]
+            output = self.model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
+            for ids in output[:, input_ids.shape[1] :].tolist():
+                stop = next((t for t, token in enumerate(ids) if token in self.stops), None)
+                completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
         return completions
 
 
@@ -309,6 +310,7 @@ def load_policy(args, mesh, device, probe, trainable=True):
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     if source:
         policy.check(probe)
+    # kept aside, because to_empty below drops what fully_shard leaves
     weights, buffers = policy.state_dict() if source else {}, [buffer.clone() for buffer in policy.buffers()]
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if device.type == "cuda" and trainable:
@@ -323,7 +325,8 @@ def load_policy(args, mesh, device, probe, trainable=True):
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(policy, weights, options=options)
     for buffer, value in zip(policy.buffers(), buffers):  # rotary frequencies and the like are in no state dict
-        buffer.copy_(value if source else buffer)
+        if source:
+            buffer.copy_(value)
         dist.broadcast(buffer, 0)
     return policy
 
@@ -342,9 +345,10 @@ def sum_over_ranks(values, device):
 
 
 def micro_batches(lengths, budget, device):
-    """Cut sequences, sorted by length, into micro-batches of rows × longest ≤ budget tokens: [(rows, 1.0), ...].
+    """Cut sequences into micro-batches of rows × longest ≤ budget tokens, or of one longer row: [(rows, 1.0), ...].
 
-    All ranks get the same number, or FSDP would wait for ever: where one is short, its shortest row repeats with 0.0.
+    Sorted by length, to pad little. All ranks get the same number, or FSDP would wait for ever: a rank that is short of
+    them repeats its shortest row, with factor 0.0.
     """
     batches = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -373,11 +377,11 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     metrics = Counter()
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
-        sums = Counter()
-        for k, (rows, real) in enumerate(plan):
+        sums = Counter()  # adds up, over micro-batches
+        for k, (rows, factor) in enumerate(plan):
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
             longest = lengths.flatten()[rows].max()
-            counted, weight = mask[rows, :longest] & (real > 0), weights[rows, :longest] * real  # [B, T], [B, T]
+            counted, weight = mask[rows, :longest] & (factor > 0), weights[rows, :longest] * factor  # [B, T], [B, T]
             logp, entropy = policy(input_ids, starts[rows], mask[rows, :longest])  # [B, T], [B, T]
             old_logp.setdefault(k, logp.detach())
             if reference is not None and k not in ref_logp:
@@ -391,8 +395,9 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 sums["tis_mean"] += importance[counted].sum()
                 sums["tis_capped"] += (gap.exp() > args.tis_cap).sum()
                 sums["logp_diff"] += gap.abs().sum()
+            advantage = advantages[rows]  # λ: [B]
             loss, stats = policy_loss(
-                logp, old_logp[k], advantages[rows], weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
+                logp, old_logp[k], advantage, weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
                 decay=args.gamma * args.lam, style=args.style, variant=args.variant,  # λ: the trace
             )
             (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the objective is a sum
@@ -400,7 +405,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         sums = sum_over_ranks(sums, device)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(sums["loss"] + norm):
-            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoint stays good", 1)
+            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoints are good", 1)
         if sums.get("logp_diff", 0) > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
@@ -408,18 +413,25 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     spread = rewards.amax(-1) - rewards.amin(-1)  # [P]
     cut_off = sum(completion.finish == "length" for completion in completions) / group_size
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": (spread < 1e-6).sum(), "truncated": cut_off}
+    sums["length"] = lengths.float().mean(-1).sum()
     sums["advantage_clamped"] = clamped.float().mean(-1).sum()  # λ:
     tokens = metrics.pop("tokens")
     counts = {"loss": args.updates_per_batch, "grad_norm": args.updates_per_batch}  # the others are means over tokens
     return {
         **{name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()},
-        "length": tokens / (args.updates_per_batch * args.prompts_per_step * group_size),
         "tis_mean": None, "tis_capped": None, "logp_diff": None,  # unless the sampler reports its log-probabilities
         **{name: total / counts.get(name, tokens) for name, total in metrics.items()},
     }
 
 
 # 5. Checkpoints and arguments -----------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    """Write a file so that, killed at any moment, it is the old or the new one."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def checkpoints(run):
@@ -484,7 +496,8 @@ def parse_args():
         (args.prompts_per_step % world == 0, f"--prompts_per_step must be a multiple of the {world} ranks"),
         (args.resume or not Path(args.output_dir, "args.json").exists(),
          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it"),
-        (not done or int(done[-1].name[5:]) < args.steps, f"--resume {args.resume}: all steps are done; raise --steps"),
+        (not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}"),
+        (args.max_grad_norm > 0, "--max_grad_norm must be above 0"),
         (not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb"),
     ):
         if not right:
@@ -548,10 +561,10 @@ def main():
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
             shutil.rmtree(part)
-        (run / "args.json").write_text(json.dumps({"script": SCRIPT, **asdict(args), "resume": None}, indent=1))
+        write(run / "args.json", json.dumps({"script": SCRIPT, **asdict(args), "resume": None}, indent=1))
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
             rows = path.read_text().splitlines(keepends=True) if args.resume else []
-            path.write_text("".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first))
+            write(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first))
         if args.wandb:
             import wandb
             wandb.init(project=args.wandb, name=run.name, config=asdict(args))
@@ -603,14 +616,16 @@ def main():
                 "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else peak,
             }
             if eval_problems and (step == args.steps or args.eval_every and step % args.eval_every == 0):
-                metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+                metrics["eval_accuracy"] = accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+                say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
             if rank == 0:
                 say(" ".join(f"{metrics[column]:{max(9, len(column))}.4g}" for column in columns))
                 with open(run / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics) + "\n")
                 with open(run / "samples.jsonl", "a") as file:
                     for row, text, reward in list(zip(asked, texts, rewards.flatten().tolist()))[:4]:
-                        file.write(json.dumps({"step": step, **row, "completion": text, "reward": reward}) + "\n")
+                        row = {"problem": row["problem"], "answer": row["answer"], "completion": text, "reward": reward}
+                        file.write(json.dumps({"step": step, **row}) + "\n")
                 if args.wandb:
                     wandb.log(metrics, step=step)
             if step == args.steps or args.save_every and step % args.save_every == 0:
@@ -618,9 +633,7 @@ def main():
 
     # 5. The end: a model that everything else can load
     save_final(policy, tokenizer, run / "final")
-    if eval_problems:
-        say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} ({len(eval_problems)} problems, greedy)")
-    say(f"reward of the last step: {metrics['reward']:.3f}; model: {run / 'final'}; metrics: {run / 'metrics.jsonl'}")
+    say(f"the model is in {run / 'final'}, the metrics of every step are in {run / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ The idea. GRPO, DAPO and Dr. GRPO differ in one factor f(o_i) of the same token-
     λ-GRPO  z_i = (|o_i| - μ)/σ,  h_i = 1 + r·z_i,  f(o_i) = G · softmax over the group of h_i^λ
 
 and the last one is learnt: λ is one number, trained on the same objective. λ = 0 is DAPO; λ > 0 prefers long
-completions, λ < 0 short ones. On-policy, λ rises exactly when the longer completions have the higher advantages.
+completions, λ < 0 short ones. On-policy, λ rises when the longer completions have the higher advantages.
 
-What differs from grpo.py: length_preference; in policy_loss the factor f; in the step λ's exact gradient, from the sum
+What differs from grpo.py: length_preference; in the step f times the advantage, and λ's exact gradient, from the sum
 over each whole completion in all micro-batches and on all ranks, and λ's own gradient step. λ is a buffer of the
 policy: every checkpoint has it, AdamW and the gradient clip do not touch it. --loss is gone: f replaces it.
 Deviations: r = 1/9, λ = 0 at first and SGD with 0.1 come to us from third parties; that σ is the population's, and that
@@ -118,7 +118,7 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
     The normalisers of the table at the top, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
     mask's own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
     """
-    mask = mask.to(torch.get_default_dtype())
+    mask = mask.to(torch.get_default_dtype())  # float32; float64 where tests ask for it
     group_size = mask.shape[1]
     lengths = mask.sum(-1, keepdim=True)  # [P, G, 1]
     if loss == "grpo":
@@ -144,9 +144,9 @@ def length_preference(lengths, lam, r=1 / 9):
 
 
 def policy_loss(
-    logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0, preference=None
+    logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0,
 ):
-    """The clipped surrogate, to be minimised: minus J of the top of the file. preference: f of each completion [B].
+    """The clipped surrogate, to be minimised: minus J of the top of the file (GRPO eq. 3).
 
     logp, old_logp, weights (and ref_logp) [B, T], advantages [B] -> scalar, and sums over the tokens with a weight:
     {"tokens", "clip_fraction" (where the clip stops the gradient), "kl" (k3 estimate of KL(old || new))}.
@@ -158,8 +158,7 @@ def policy_loss(
     advantages = advantages[:, None]  # [B, 1]
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    preferred = weights if preference is None else weights * preference[:, None]  # [B, T]
-    loss = -(preferred * torch.minimum(unclipped, clipped)).sum()
+    loss = -(weights * torch.minimum(unclipped, clipped)).sum()
     if beta > 0:
         log_ref = torch.where(counted, ref_logp - logp, 0.0)
         loss = loss + beta * (weights * (log_ref.exp() - log_ref - 1)).sum()
@@ -187,7 +186,7 @@ class HFSampler:
         self.model, self.max_new_tokens = model.to(device).eval(), args.max_new_tokens
         stops = model.generation_config.eos_token_id
         stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
-        self.stops = sorted({stop for stop in stops if stop is not None})
+        self.stops = sorted({stop for stop in stops if stop is not None}) or [-1]  # no stop token: never the end
         model.generation_config = GenerationConfig()  # without the model's own top-k and penalties: they bias the ratio
 
     @torch.no_grad()
@@ -200,17 +199,17 @@ class HFSampler:
     def __call__(self, prompt_ids, n, seed, temperature):
         """n completions of each prompt, prompt by prompt: token ids in, Completions out. Temperature 0 is greedy."""
         how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-        how.update(max_new_tokens=self.max_new_tokens, eos_token_id=self.stops, pad_token_id=self.stops[0])
-        # padded on the left, so that all prompts end at the same place
-        backwards = [torch.tensor(ids[::-1]) for ids in prompt_ids for _ in range(n)]
-        input_ids = pad_sequence(backwards, batch_first=True, padding_value=-1).flip(1).to(self.model.device)
-        inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}  # [P·n, S]
+        how.update(max_new_tokens=self.max_new_tokens, eos_token_id=self.stops, pad_token_id=max(0, self.stops[0]))
+        rows, completions = [ids for ids in prompt_ids for _ in range(n)], []
         torch.manual_seed(seed)
-        output = self.model.generate(**inputs, generation_config=GenerationConfig(**how))
-        completions = []
-        for ids in output[:, input_ids.shape[1] :].tolist():
-            stop = next((t for t, token in enumerate(ids) if token in self.stops), None)
-            completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
+        for batch in (rows[i : i + 256] for i in range(0, len(rows), 256)):  # bounds the memory of the key-value cache
+            backwards = [torch.tensor(ids[::-1]) for ids in batch]  # to pad on the left: all prompts end at one place
+            input_ids = pad_sequence(backwards, batch_first=True, padding_value=-1).flip(1).to(self.model.device)
+            inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}  # [B, S]
+            output = self.model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
+            for ids in output[:, input_ids.shape[1] :].tolist():
+                stop = next((t for t, token in enumerate(ids) if token in self.stops), None)
+                completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
         return completions
 
 
@@ -280,6 +279,7 @@ def load_policy(args, mesh, device, probe, trainable=True):
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     if source:
         policy.check(probe)
+    # kept aside, because to_empty below drops what fully_shard leaves
     weights, buffers = policy.state_dict() if source else {}, [buffer.clone() for buffer in policy.buffers()]
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if device.type == "cuda" and trainable:
@@ -294,7 +294,8 @@ def load_policy(args, mesh, device, probe, trainable=True):
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(policy, weights, options=options)
     for buffer, value in zip(policy.buffers(), buffers):  # rotary frequencies and the like are in no state dict
-        buffer.copy_(value if source else buffer)
+        if source:
+            buffer.copy_(value)
         dist.broadcast(buffer, 0)
     return policy
 
@@ -313,9 +314,10 @@ def sum_over_ranks(values, device):
 
 
 def micro_batches(lengths, budget, device):
-    """Cut sequences, sorted by length, into micro-batches of rows × longest ≤ budget tokens: [(rows, 1.0), ...].
+    """Cut sequences into micro-batches of rows × longest ≤ budget tokens, or of one longer row: [(rows, 1.0), ...].
 
-    All ranks get the same number, or FSDP would wait for ever: where one is short, its shortest row repeats with 0.0.
+    Sorted by length, to pad little. All ranks get the same number, or FSDP would wait for ever: a rank that is short of
+    them repeats its shortest row, with factor 0.0.
     """
     batches = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -344,12 +346,13 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         optimizer.zero_grad()
         lam = policy.lam.clone().requires_grad_()  # λ:
         preference = length_preference(lengths, lam, args.length_scale)  # λ: [P, G], with its graph to lam
-        leaf = preference.detach().flatten().requires_grad_()  # λ: [P·G], collects the sums over completions
-        sums = Counter()
-        for k, (rows, real) in enumerate(plan):
+        leaf = preference.detach().flatten().requires_grad_()  # λ: [P·G], collects each completion's sum, so that
+        # λ: length_preference is differentiated only once, when all micro-batches are done
+        sums = Counter()  # adds up, over micro-batches
+        for k, (rows, factor) in enumerate(plan):
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
             longest = lengths.flatten()[rows].max()
-            counted, weight = mask[rows, :longest] & (real > 0), weights[rows, :longest] * real  # [B, T], [B, T]
+            counted, weight = mask[rows, :longest] & (factor > 0), weights[rows, :longest] * factor  # [B, T], [B, T]
             logp, entropy = policy(input_ids, starts[rows], mask[rows, :longest])  # [B, T], [B, T]
             old_logp.setdefault(k, logp.detach())
             if reference is not None and k not in ref_logp:
@@ -363,16 +366,16 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 sums["tis_mean"] += importance[counted].sum()
                 sums["tis_capped"] += (gap.exp() > args.tis_cap).sum()
                 sums["logp_diff"] += gap.abs().sum()
+            advantage = advantages[rows] * leaf[rows]  # λ: [B]: as f > 0, f·min(r·A, clip·A) = min(r·fA, clip·fA)
             loss, stats = policy_loss(
-                logp, old_logp[k], advantages[rows], weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
-                preference=leaf[rows],  # λ:
+                logp, old_logp[k], advantage, weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
             )
             (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the objective is a sum
             sums.update({**stats, "loss": loss.detach(), "entropy": entropy[counted].sum()})
         sums = sum_over_ranks(sums, device)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(sums["loss"] + norm):
-            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoint stays good", 1)
+            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoints are good", 1)
         if sums.get("logp_diff", 0) > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         slope = leaf.grad.view(preference.shape) / dist.get_world_size()  # λ: [P, G]
@@ -384,13 +387,13 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     spread = rewards.amax(-1) - rewards.amin(-1)  # [P]
     cut_off = sum(completion.finish == "length" for completion in completions) / group_size
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": (spread < 1e-6).sum(), "truncated": cut_off}
+    sums["length"] = lengths.float().mean(-1).sum()
     bounds = torch.stack([-preference.detach().min(), preference.detach().max()])  # λ:
     dist.all_reduce(bounds, dist.ReduceOp.MAX)  # λ:
     tokens = metrics.pop("tokens")
     counts = {"loss": args.updates_per_batch, "grad_norm": args.updates_per_batch}  # the others are means over tokens
     return {
         **{name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()},
-        "length": tokens / (args.updates_per_batch * args.prompts_per_step * group_size),
         "lam": policy.lam.item(), "lam_grad": lam_grad.item(),  # λ:
         "f_min": -bounds[0].item(), "f_max": bounds[1].item(),  # λ:
         "tis_mean": None, "tis_capped": None, "logp_diff": None,  # unless the sampler reports its log-probabilities
@@ -399,6 +402,13 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
 
 
 # 5. Checkpoints and arguments -----------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    """Write a file so that, killed at any moment, it is the old or the new one."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def checkpoints(run):
@@ -462,7 +472,8 @@ def parse_args():
         (args.prompts_per_step % world == 0, f"--prompts_per_step must be a multiple of the {world} ranks"),
         (args.resume or not Path(args.output_dir, "args.json").exists(),
          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it"),
-        (not done or int(done[-1].name[5:]) < args.steps, f"--resume {args.resume}: all steps are done; raise --steps"),
+        (not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}"),
+        (args.max_grad_norm > 0, "--max_grad_norm must be above 0"),
         (not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb"),
     ):
         if not right:
@@ -527,10 +538,10 @@ def main():
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
             shutil.rmtree(part)
-        (run / "args.json").write_text(json.dumps({"script": SCRIPT, **asdict(args), "resume": None}, indent=1))
+        write(run / "args.json", json.dumps({"script": SCRIPT, **asdict(args), "resume": None}, indent=1))
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
             rows = path.read_text().splitlines(keepends=True) if args.resume else []
-            path.write_text("".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first))
+            write(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first))
         if args.wandb:
             import wandb
             wandb.init(project=args.wandb, name=run.name, config=asdict(args))
@@ -582,14 +593,16 @@ def main():
                 "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else peak,
             }
             if eval_problems and (step == args.steps or args.eval_every and step % args.eval_every == 0):
-                metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+                metrics["eval_accuracy"] = accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+                say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
             if rank == 0:
                 say(" ".join(f"{metrics[column]:{max(9, len(column))}.4g}" for column in columns))
                 with open(run / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics) + "\n")
                 with open(run / "samples.jsonl", "a") as file:
                     for row, text, reward in list(zip(asked, texts, rewards.flatten().tolist()))[:4]:
-                        file.write(json.dumps({"step": step, **row, "completion": text, "reward": reward}) + "\n")
+                        row = {"problem": row["problem"], "answer": row["answer"], "completion": text, "reward": reward}
+                        file.write(json.dumps({"step": step, **row}) + "\n")
                 if args.wandb:
                     wandb.log(metrics, step=step)
             if step == args.steps or args.save_every and step % args.save_every == 0:
@@ -597,9 +610,7 @@ def main():
 
     # 5. The end: a model that everything else can load
     save_final(policy, tokenizer, run / "final")
-    if eval_problems:
-        say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} ({len(eval_problems)} problems, greedy)")
-    say(f"reward of the last step: {metrics['reward']:.3f}; model: {run / 'final'}; metrics: {run / 'metrics.jsonl'}")
+    say(f"the model is in {run / 'final'}, the metrics of every step are in {run / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

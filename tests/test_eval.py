@@ -169,7 +169,7 @@ def test_hostile_answers():
         wrong = [pair for pair, verdict in zip(mixed, verdicts) if verdict != (pair in good)]
         assert [(completion[:80], gold) for completion, gold in wrong] == []
         assert killed >= 3
-        assert seconds < killed * (deadline + 2) / 2 + 15  # two seconds: the start of the next worker, on a busy core
+        assert seconds < 10 * killed * deadline + 60  # ten times what it takes on an idle machine: a hang is for ever
         assert all(grader.grade_all(good))
         assert grader.timeouts + grader.crashes == killed
         assert len(grader.running) == 2

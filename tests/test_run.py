@@ -73,7 +73,7 @@ def bad_inputs(tmp_path, script):
             shutil.copy(file, tmp_path / "no_weights")
     for name, owner in (("other_script", "another"), ("own", script.SCRIPT), ("finished", script.SCRIPT)):
         (tmp_path / name / "checkpoints" / "step_25").mkdir(parents=True)
-        saved = {"script": owner, "model": str(TINY), "steps": 25 if name == "finished" else 30, "dataset": "arithmetic"}
+        saved = {"script": owner, "model": str(TINY), "steps": 20 if name == "finished" else 30, "dataset": "arithmetic"}
         (tmp_path / name / "args.json").write_text(json.dumps(saved))
     return {
         "unknown flag": (["--no_such_flag", "1"], "--no_such_flag"),

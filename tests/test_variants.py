@@ -196,10 +196,11 @@ def test_length_preference_is_the_papers(group, lam, r):
     assert lam != 0 or (f - 1).abs().max() < 1e-15
 
 
-def learnable_loss(script_loss, preference, old, new, mask, rewards):
+def learnable_loss(preference, old, new, mask, rewards):
+    """As the training step does it: f goes with the advantage."""
     weights = learnable.token_weights(mask, "dapo").flatten(0, 1)
     leaf = new.clone().requires_grad_()
-    loss = script_loss(leaf, old, grpo.group_advantages(rewards).flatten(), weights, preference=preference.flatten())[0]
+    loss = learnable.policy_loss(leaf, old, (grpo.group_advantages(rewards) * preference).flatten(), weights)[0]
     return loss, gradient(loss, leaf)[0]
 
 
@@ -208,7 +209,7 @@ def test_no_lambda_is_dapo_bit_for_bit():
     old, new, lengths, mask, rewards = (x.float() if x.is_floating_point() else x for x in batch())
     preference = learnable.length_preference(lengths, torch.tensor(0.0))
     assert preference.eq(1).all()
-    loss, grads = learnable_loss(learnable.policy_loss, preference, old, new, mask, rewards)
+    loss, grads = learnable_loss(preference, old, new, mask, rewards)
     leaf = new.clone().requires_grad_()
     expected = grpo.policy_loss(
         leaf, old, grpo.group_advantages(rewards).flatten(), grpo.token_weights(mask, "dapo").flatten(0, 1)
@@ -222,11 +223,35 @@ def test_the_other_aggregations_are_special_cases():
     mean = lengths.to(torch.float64).mean(-1, keepdim=True)
     advantages = grpo.group_advantages(rewards).flatten()
     for f, name, factor in ((mean / lengths, "grpo", 1), (mean.expand(lengths.shape), "dr_grpo", 150)):
-        loss, grads = learnable_loss(learnable.policy_loss, f, old, new, mask, rewards)
+        loss, grads = learnable_loss(f, old, new, mask, rewards)
         leaf = new.clone().requires_grad_()
         expected = grpo.policy_loss(leaf, old, advantages, grpo.token_weights(mask, name, 150).flatten(0, 1))[0] * factor
         close(loss, expected)
         close(grads, gradient(expected, leaf)[0])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_learnable_loss_is_the_papers(beta):
+    """f·min(...), written as a weight; the KL term is weighted without it."""
+    old, new, lengths, mask, rewards = batch()
+    ref, f = old + 0.1, learnable.length_preference(lengths, torch.tensor(2.0))
+    advantages = grpo.group_advantages(rewards)
+    weights = learnable.token_weights(mask, "dapo").flatten(0, 1)
+    leaf = new.clone().requires_grad_()
+    value = learnable.policy_loss(leaf, old, (advantages * f).flatten(), weights, 0.2, 0.2, ref, beta)[0]
+    other, expected = new.clone().requires_grad_(), 0
+    for p, group in enumerate(lengths.tolist()):
+        own = preference_by_hand(group, 2.0, 1 / 9)
+        for i, length in enumerate(group):
+            row = p * len(group) + i
+            for t in range(length):
+                ratio = torch.exp(other[row, t] - old[row, t])
+                bounded = ratio.clamp(0.8, 1.2)
+                kl = torch.exp(ref[row, t] - other[row, t]) - (ref[row, t] - other[row, t]) - 1
+                term = own[i] * torch.min(ratio * advantages[p, i], bounded * advantages[p, i]) - beta * kl
+                expected = expected - term / sum(group) / len(lengths)
+    torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(gradient(value, leaf)[0], gradient(expected, other)[0], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("lam", [-1.0, 0.0, 0.7])
@@ -237,7 +262,7 @@ def test_gradient_of_lambda_is_the_closed_form(lam):
     f = learnable.length_preference(lengths, lam)
     weights = learnable.token_weights(mask, "dapo").flatten(0, 1)
     advantages = grpo.group_advantages(rewards).flatten()
-    loss = learnable.policy_loss(new, old, advantages, weights, preference=f.flatten())[0]
+    loss = learnable.policy_loss(new, old, advantages * f.flatten(), weights)[0]
     (whole,) = gradient(loss, lam)
     expected = 0.0
     for p in range(len(lengths)):
@@ -262,7 +287,7 @@ def test_lambda_follows_the_advantage_of_length(longer_is_better):
     logp = -torch.ones(4, 40)
     f = learnable.length_preference(lengths, lam).flatten()
     weights = learnable.token_weights(mask, "dapo").flatten(0, 1)
-    loss = learnable.policy_loss(logp, logp, grpo.group_advantages(rewards).flatten(), weights, preference=f)[0]
+    loss = learnable.policy_loss(logp, logp, grpo.group_advantages(rewards).flatten() * f, weights)[0]
     (grad,) = gradient(loss, lam)
     assert (grad < 0) == longer_is_better and grad != 0  # λ steps against the gradient of the loss
 
