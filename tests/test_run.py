@@ -263,3 +263,7 @@ def test_two_ranks_from_the_shell(tmp_path):
     done = launch(["grpo.py", "--resume", run, "--steps", 3])
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+    shutil.rmtree(run / "final")  # as if killed at the very end: resumed, the finished run writes it again
+    done = launch(["grpo.py", "--resume", run])
+    assert done.returncode == 0 and (run / "final" / "model.safetensors").exists()
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
