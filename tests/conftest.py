@@ -16,6 +16,7 @@ SCRIPTS = [name for name in ("grpo", "grpo_lambda_traces", "lambda_grpo_learnabl
 UNTIMED = ("seconds_", "tokens_per_second", "memory_gb")  # what differs between two runs of the same thing
 
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: bit for bit the same here and in the runs launched below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -33,7 +34,7 @@ def launch(arguments, ranks=None, wait=True, cwd=ROOT, **environment):
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a free port
     command += [str(argument) for argument in arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd, "env": environment}
     if not wait:
         return subprocess.Popen(command, **pipes)

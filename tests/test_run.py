@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,19 @@ OWN_KEYS = {
 QUICK = ["--prompts_per_step", 4, "--group_size", 4, "--eval_dataset", ""]
 
 
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """{script: (folder, finished process)} of the embedded default, two scripts at a time."""
+    folder = tmp_path_factory.mktemp("toys")
+    with ThreadPoolExecutor(2) as pool:
+        runs = {name: pool.submit(launch, [f"{name}.py", "--output_dir", folder / name, "--seed", 1]) for name in SCRIPTS}
+    return {name: (folder / name, run.result()) for name, run in runs.items()}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_toy_run(name, tmp_path):
+def test_toy_run(name, toys):
     """The embedded default, all of it: the reward climbs, and everything that was promised is there."""
-    run = tmp_path / "run"
-    done = launch([f"{name}.py", "--output_dir", run, "--seed", 1])
+    run, done = toys[name]
     assert done.returncode == 0, done.stderr[-3000:]
     rows = metrics(run, timed=True)
     assert [row["step"] for row in rows] == list(range(1, 26))
@@ -150,14 +159,14 @@ def quick(name, run, steps, *more):
     return [f"{name}.py", *QUICK, "--steps", steps, "--save_every", 1, "--output_dir", run, *more]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_killed_and_resumed(name, tmp_path):
+def test_killed_and_resumed(script, tmp_path, monkeypatch):
     """SIGKILL while a checkpoint is written, then at random moments: the same metrics as never killed, bit for bit.
 
     GRPO_KILLS=10 makes it ten kills for each script, the first three of them while a checkpoint is written.
     """
-    kills = int(os.environ.get("GRPO_KILLS", 4 if name == "grpo" else 2))
-    steps, in_the_act = 4 * kills, min(3, kills // 2)
+    name = script.SCRIPT
+    kills = int(os.environ.get("GRPO_KILLS", 3 if name == "grpo" else 1))
+    steps, in_the_act = 4 + 4 * kills, min(3, (kills + 1) // 2)
     run, generator = tmp_path / "killed", random.Random(name)
     checkpoints = run / "checkpoints"
     for kill in range(kills):
@@ -173,11 +182,9 @@ def test_killed_and_resumed(name, tmp_path):
         if kill < in_the_act:
             assert any(checkpoints.glob("*.part"))  # it was caught in the act
     assert newest(checkpoints) < steps
-    done = launch([f"{name}.py", "--resume", run])
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_here(script, [f"{name}.py", "--resume", run], monkeypatch) == 0
     whole = tmp_path / "whole"
-    done = launch(quick(name, whole, steps))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_here(script, quick(name, whole, steps), monkeypatch) == 0
     assert metrics(run) == metrics(whole)
     for file in ("samples.jsonl", "final/model.safetensors"):
         assert (run / file).read_bytes() == (whole / file).read_bytes()
