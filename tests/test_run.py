@@ -118,6 +118,15 @@ def bad_inputs(tmp_path, script):
     }
 
 
+OWN_BAD_INPUTS = {
+    "grpo": [],
+    "grpo_lambda_traces": [["--lam", "1.5"], ["--lam", "-0.1"], ["--gamma", "2"], ["--min_advantage", "0.5"],
+                           ["--min_advantage", "nan"], ["--style", "old"], ["--variant", "x"]],
+    "lambda_grpo_learnable": [["--lam_init", "nan"], ["--lam_init", "inf"], ["--lam_lr", "-1"], ["--length_scale", "nan"]],
+    "lambda_grpo_prm": [["--loss", "grpo"]],
+}
+
+
 def test_bad_input(script, tmp_path, monkeypatch, capsys):
     """Every bad input ends with exit code 2 and one line that names it, before any model is loaded."""
     def forbidden(*_, **__):
@@ -127,7 +136,8 @@ def test_bad_input(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script.dist, "init_process_group", forbidden)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(tmp_path)
-    for wrong, (arguments, names) in bad_inputs(tmp_path, script).items():
+    own = {" ".join(flags): (flags, flags[0]) for flags in OWN_BAD_INPUTS[script.SCRIPT]}
+    for wrong, (arguments, names) in {**bad_inputs(tmp_path, script), **own}.items():
         if arguments[0] == "--wandb" and script.find_spec("wandb"):
             continue  # it is there: nothing is wrong
         monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", *arguments])
