@@ -30,10 +30,12 @@ import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -83,7 +85,10 @@ class Args:
     max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped, and counted")
     max_new_tokens: int = HfArg(default=2048, help="longest completion, in tokens (L_max)")
     temperature: float = HfArg(default=1.0, help="sampling temperature; the trainer's log-probabilities use it too")
-    sampler: Literal["auto", "hf"] = HfArg(default="auto", help="who samples: hf is transformers' generate")
+    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="hf: transformers; auto: vllm if CUDA has it")
+    gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU when it samples, with its weights")
+    vllm_tp: int = HfArg(default=1, help="ranks that share a vLLM engine (tensor parallel); 1: an engine on every rank")
+    enforce_eager: bool = HfArg(default=False, help="vLLM without CUDA graphs: starts sooner, samples more slowly")
     # Optimisation
     steps: int = HfArg(default=200, help="training steps: one batch of completions each")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate, after the warm-up")
@@ -95,6 +100,7 @@ class Args:
     eval_every: int = HfArg(default=0, help="evaluate every so many steps; 0: only at the end")
     save_every: int = HfArg(default=20, help="save a checkpoint every so many steps; 0: only at the end")
     seed: int = HfArg(default=0, help="decides prompts and samples")
+    timeout_minutes: float = HfArg(default=60.0, help="ranks wait so long for another one, then the job ends")
     output_dir: str = HfArg(default=None, help="folder of the run (default: runs/<script>-<time>)")
     resume: str = HfArg(default=None, help="folder of a run to go on with, from its last checkpoint")
     wandb: str = HfArg(default=None, help="name of a Weights & Biases project to log to as well")
@@ -208,6 +214,73 @@ class Completion(NamedTuple):
     logps: list | None = None  # the sampler's own log-probability of each token, if it reports them
 
 
+class VLLMSampler:
+    """Samples with vLLM: an engine on every rank (or one for --vllm_tp ranks), inside this process.
+
+    While the policy trains the engine sleeps: its GPU memory is free, and its weights are gone until the next load.
+    """
+
+    def __init__(self, args, tokenizer, device):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where load can reach it
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
+
+        self.sampling_params, self.max_new_tokens, self.tp = vllm.SamplingParams, args.max_new_tokens, args.vllm_tp
+        self.on_gpu, self.asleep = device.type == "cuda", False
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.peers, _ = dist.new_subgroups(args.vllm_tp)  # the ranks of my engine
+        context = AutoConfig.from_pretrained(args.model).get_text_config().max_position_embeddings
+        try:
+            self.engine = vllm.LLM(
+                args.model, dtype=self.dtype, seed=args.seed, tensor_parallel_size=args.vllm_tp,
+                distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None,
+                max_model_len=min(context, args.max_prompt_tokens + args.max_new_tokens),
+                gpu_memory_utilization=args.gpu_memory_utilization, enable_sleep_mode=self.on_gpu,
+                enforce_eager=args.enforce_eager or not self.on_gpu,
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+            )
+        except (ValueError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            fail(f"vLLM does not fit: {error} Here: --gpu_memory_utilization {args.gpu_memory_utilization}; shorter "
+                 "--max_prompt_tokens and --max_new_tokens or a larger --vllm_tp need less", 1)
+
+    @torch.no_grad()
+    def load(self, named_tensors):
+        """Take over new weights: (name, full tensor) pairs. Wakes the engine."""
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the training has left, the engine needs
+            self.engine.wake_up(tags=["weights"])
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
+        if self.asleep:
+            self.engine.wake_up(tags=["kv_cache"])
+        self.engine.reset_prefix_cache()  # its keys and values are the old weights'
+        self.asleep = False
+
+    def sleep(self):
+        """Give the GPU's memory back, until load."""
+        if self.on_gpu:
+            self.engine.sleep(level=2)
+            self.asleep = True
+
+    def __call__(self, prompt_ids, n, seed, temperature, top_p=1.0):
+        """As HFSampler's, and with log-probabilities. Completion k of prompt i has the seed (seed + i)·n + k."""
+        asked = [[(ids, (seed + i) * n) for i, ids in enumerate(prompt_ids)]] * self.tp
+        dist.all_gather_object(asked, asked[0], group=self.peers)  # an engine's ranks all ask for the same
+        how = dict(n=n, temperature=temperature, top_p=top_p, max_tokens=self.max_new_tokens, logprobs=0)
+        params = [self.sampling_params(seed=own, detokenize=False, **how) for share in asked for _, own in share]
+        prompts = [{"prompt_token_ids": ids} for share in asked for ids, _ in share]
+        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        first = sum(map(len, asked[: dist.get_rank(self.peers)]))
+        return [
+            Completion(
+                list(output.token_ids), output.finish_reason,
+                [scores[token].logprob for token, scores in zip(output.token_ids, output.logprobs)],
+            )
+            for request in outputs[first : first + len(prompt_ids)] for output in request.outputs
+        ]
+
+
 class HFSampler:
     """Samples with transformers' generate, on every rank from an unsharded copy of the model of its own."""
 
@@ -223,13 +296,18 @@ class HFSampler:
     @torch.no_grad()
     def load(self, named_tensors):
         """Take over new weights: (name, full tensor) pairs."""
-        own = dict(self.model.named_parameters())
+        own = self.model.state_dict()
         for name, tensor in named_tensors:
             own[name].copy_(tensor)
 
-    def __call__(self, prompt_ids, n, seed, temperature):
+    def sleep(self):
+        """Nothing to give back: the copy stays where it is."""
+
+    def __call__(self, prompt_ids, n, seed, temperature, top_p=1.0):
         """n completions of each prompt, prompt by prompt: token ids in, Completions out. Temperature 0 is greedy."""
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        how = {"do_sample": temperature > 0}
+        if temperature > 0:
+            how.update(temperature=temperature, top_k=0, top_p=top_p)
         how.update(max_new_tokens=self.max_new_tokens, eos_token_id=self.stops, pad_token_id=max(0, self.stops[0]))
         rows, completions = [ids for ids in prompt_ids for _ in range(n)], []
         torch.manual_seed(seed)
@@ -332,8 +410,8 @@ def load_policy(args, mesh, device, probe, trainable=True):
 
 
 def full_weights(policy, dtype):
-    """(name, full tensor) of every parameter, one at a time. Every rank has to run through all of it."""
-    for name, parameter in policy.model.named_parameters():
+    """(name, full tensor) of every parameter, one at a time, tied ones under each of their names. On all ranks."""
+    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
         yield name, parameter.detach().to(dtype).full_tensor()
 
 
@@ -376,7 +454,6 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     old_logp, ref_logp = {}, {}  # of each micro-batch, from before the first update
     metrics = Counter()
     for _ in range(args.updates_per_batch):
-        optimizer.zero_grad()
         sums = Counter()  # adds up, over micro-batches
         for k, (rows, factor) in enumerate(plan):
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
@@ -409,6 +486,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         if sums.get("logp_diff", 0) > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
+        optimizer.zero_grad()  # here, not before: the sampler can use that memory
         metrics.update({**sums, "grad_norm": norm})
     spread = rewards.amax(-1) - rewards.amin(-1)  # [P]
     cut_off = sum(completion.finish == "length" for completion in completions) / group_size
@@ -443,7 +521,12 @@ def save_checkpoint(policy, optimizer, run, step):
     """Write checkpoints/step_N: aside, then renamed, so that a folder of that name is whole. The last two are kept."""
     aside = run / "checkpoints" / f"step_{step}.part"
     model_state, optimizer_state = states.get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)  # every rank writes its shards
+    try:
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)  # every rank its shards
+    except dcp.CheckpointException as error:  # all ranks get it, whichever of them could not write
+        reason, free = next(iter(error.failures.values()))[0], shutil.disk_usage(run).free / 1e9
+        fail(f"checkpoint step_{step} was not written ({free:.2f} GB free; {reason}); the one before is whole: make "
+             f"room, then --resume {run}", 1)
     if dist.get_rank() == 0:
         aside.rename(aside.with_suffix(""))
         for old in checkpoints(run)[:-2]:
@@ -482,10 +565,11 @@ def parse_args():
     args = parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
     args.output_dir = args.resume or args.output_dir or f"runs/{SCRIPT}-{time.strftime('%Y%m%d-%H%M%S')}"
     world, done = int(os.environ.get("WORLD_SIZE", 1)), checkpoints(args.output_dir)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     for name, value in asdict(args).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf and name != "min_advantage":  # λ:
             fail(f"--{name} {value}: must be a number, 0 or above")
-        if name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens") and value < 1:
+        if name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens", "vllm_tp") and value < 1:
             fail(f"--{name} {value}: must be at least 1")
     for right, message in (
         (args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions of one prompt"),
@@ -494,10 +578,14 @@ def parse_args():
         (args.gamma <= 1 and args.lam <= 1, "--gamma and --lam must be in [0, 1]"),  # λ:
         (args.min_advantage <= 0, "--min_advantage must be 0 or below; --min_advantage=-inf does not clamp"),  # λ:
         (args.prompts_per_step % world == 0, f"--prompts_per_step must be a multiple of the {world} ranks"),
+        (args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt"),
+        (local % args.vllm_tp == 0, f"--vllm_tp must divide the {local} ranks of a node"),
+        (0 < args.gpu_memory_utilization < 1, "--gpu_memory_utilization must be between 0 and 1"),
         (args.resume or not Path(args.output_dir, "args.json").exists(),
          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it"),
         (not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}"),
         (args.max_grad_norm > 0, "--max_grad_norm must be above 0"),
+        (args.timeout_minutes > 0, "--timeout_minutes must be above 0"),
         (not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb"),
     ):
         if not right:
@@ -540,13 +628,15 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout_minutes), **alone)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # shards inside a node, replicates across nodes
     mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
     policy = load_policy(args, mesh, device, data[0]["prompt"])
     reference = load_policy(args, mesh, device, data[0]["prompt"], trainable=False) if args.beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
-    sampler = HFSampler(args, tokenizer, device)
+    vllm = args.sampler == "vllm" or args.sampler == "auto" and device.type == "cuda" and find_spec("vllm")
+    sampler = (VLLMSampler if vllm else HFSampler)(args, tokenizer, device)
 
     # 3. The folder of the run: new, or cut back to the last whole checkpoint
     where, first = [args.output_dir], 0
@@ -570,8 +660,11 @@ def main():
             wandb.init(project=args.wandb, name=run.name, config=asdict(args))
     sampler.load(full_weights(policy, sampler.dtype))
     size = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    say(f"{SCRIPT}: {Path(args.model).name}, {size:.1f} M parameters, {world} x {device.type}, sampler: transformers")
+    say(f"{SCRIPT}: {Path(args.model).name}, {size:.1f} M parameters, {world} x {device.type}, "
+        f"sampler: {'vllm' if vllm else 'transformers'}")
     say(f"{args.dataset}: {len(data)} prompts, {skipped} skipped; steps {first + 1} to {args.steps}, written to {run}")
+    stops = []  # SIGTERM, a cluster's notice: finish the step, save, end
+    signal.signal(signal.SIGTERM, lambda *_: stops.append(True))
     columns = ["step", "reward", "length", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second"]
     columns.insert(5, "trace_weight")  # λ:
     say(" ".join(f"{column:>9}" for column in columns))
@@ -584,8 +677,10 @@ def main():
             clock, timeouts = [time.perf_counter()], grader.timeouts
             bar.set_postfix_str("sampling")
             chosen = [data[i] for i in prompts_of_step(step, args, len(data))[rank * share : (rank + 1) * share]]
-            prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_003 + step * 1_009 + rank
+            prompts = [row["prompt"] for row in chosen]
+            seed = (args.seed * 1_000_003 + step) * args.prompts_per_step + rank * share  # of this rank's first prompt
             completions = sampler(prompts, args.group_size, seed, args.temperature)
+            sampler.sleep()
             clock.append(time.perf_counter())
 
             bar.set_postfix_str("grading")
@@ -607,11 +702,13 @@ def main():
 
             phases = ("seconds_sampling", "seconds_grading", "seconds_training", "seconds_syncing")
             seconds = dict(zip(phases, (after - before for before, after in zip(clock, clock[1:]))))
+            counts = {"grader_timeouts": grader.timeouts - timeouts, "stop": len(stops)}
+            counts = sum_over_ranks(counts, device)  # a notice to one rank is for all
             total = args.prompts_per_step * args.group_size
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
             metrics = {
                 "step": step, **metrics, "lr": lr, "skipped": skipped, **seconds,
-                "grader_timeouts": int(sum_over_ranks({"": grader.timeouts - timeouts}, device)[""]),
+                "grader_timeouts": int(counts["grader_timeouts"]),
                 "tokens_per_second": metrics["length"] * total / sum(seconds.values()),
                 "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else peak,
             }
@@ -628,8 +725,11 @@ def main():
                         file.write(json.dumps({"step": step, **row}) + "\n")
                 if args.wandb:
                     wandb.log(metrics, step=step)
-            if step == args.steps or args.save_every and step % args.save_every == 0:
+            if step == args.steps or counts["stop"] or args.save_every and step % args.save_every == 0:
                 save_checkpoint(policy, optimizer, run, step)
+            if counts["stop"] and step < args.steps:
+                say(f"SIGTERM: saved after step {step}; go on with --resume {run}")
+                return
 
     # 5. The end: a model that everything else can load
     save_final(policy, tokenizer, run / "final")
@@ -641,6 +741,9 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted; --resume goes on from the last checkpoint", 130)
+    except torch.OutOfMemoryError as error:
+        rank = os.environ.get("RANK", 0)
+        sys.exit(f"error: rank {rank}: {error} Lower --micro_batch_tokens (training), --gpu_memory_utilization (vLLM)")
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM does it at its own end
             dist.destroy_process_group()
