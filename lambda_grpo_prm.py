@@ -531,7 +531,9 @@ def save_final(policy, tokenizer, folder):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         model.generation_config = policy.model.generation_config
-        model.save_pretrained(folder, state_dict={name: tensor.to(model.dtype) for name, tensor in whole.items()})
+        once = {name for name, _ in [*policy.model.named_parameters(), *policy.model.named_buffers()]}  # tied: once
+        whole = {name: tensor.to(model.dtype) for name, tensor in whole.items() if name in once}
+        model.save_pretrained(folder, state_dict=whole)
         tokenizer.save_pretrained(folder)
 
 
