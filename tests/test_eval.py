@@ -123,7 +123,12 @@ def test_last_boxed_is_linear():
 def test_several_boxes_no_box(grader):
     assert grader.grade("First \\boxed{3}, no: \\boxed{4}", "4")
     assert not grader.grade("First \\boxed{4}, no: \\boxed{3}", "4")
-    assert not grader.grade("The final answer is 4.", "4")  # documented in Grader: no box, no reward
+    assert grader.grade("2 + 2 is asked.\nThe final answer is $4$.", "4")  # no box, but the last line states it
+    assert grader.grade("**Answer:** \\frac{1}{2}", "0.5") and grader.grade("2+2=4\n#### 4", "4")
+    assert not grader.grade("The answer is 4.\nLet us check: 2 + 2 is 4, good.", "4")  # not in the last line
+    assert not grader.grade("2 + 2 is 4.", "4")
+    assert not grader.grade("The answer is \\boxed{4", "4")
+    assert not grader.grade("The answer is 4, no: \\boxed{5}", "4")
     assert not grader.grade("\\boxed{}", "4")
     assert not grader.grade("\\boxed{4}", "")
     assert not grader.grade("\\boxed{}", "")
@@ -180,7 +185,7 @@ def test_memory_limit():
     with ev.Grader(workers=1, deadline=30, memory_gb=0.5) as grader:
         assert not grader.grade(boxed("2^{2^{33}}"), "7")  # one gigabyte, and more while it is computed
         peak = max(int(re.search(r"VmPeak:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1])
-                   for worker in grader.running) if sys.platform == "linux" and grader.running else 0  # fmt: skip
+                   for worker in grader.running.values()) if sys.platform == "linux" and grader.running else 0  # fmt: skip
         assert peak <= 2**19  # KiB
         assert grader.grade(boxed("1+x"), "x+1")
         assert grader.timeouts == 0
@@ -196,7 +201,7 @@ def test_duplicates_are_graded_once():
 def test_dead_worker_is_replaced():
     with ev.Grader(workers=1) as grader:
         assert grader.grade(boxed("x+1"), "1+x")
-        os.kill(next(iter(grader.running)).pid, signal.SIGKILL)
+        os.kill(next(iter(grader.running.values())).pid, signal.SIGKILL)
         time.sleep(0.2)
         assert grader.grade(boxed("x+2"), "2+x")
 
@@ -233,7 +238,7 @@ thread.start()
 import time
 time.sleep(0.5)
 grader.grade("\\\\boxed{{x+2}}", "2+x")
-print(*[worker.pid for worker in grader.running], flush=True)
+print(*[worker.pid for worker in grader.running.values()], flush=True)
 time.sleep(600)
 """
 
@@ -281,8 +286,8 @@ def test_gold_against_itself(name, grader):
 def test_gold_against_itself_by_math_verify(name, grader):
     """Equal letters are right without a worker; here the workers have to find every third gold equal to itself."""
     golds = [problem["answer"] for problem in ev.load_problems(str(bench(name)))][::3]
-    verdicts = list(grader.threads.map(grader.ask, [(gold, gold) for gold in golds]))
-    assert [gold for gold, verdict in zip(golds, verdicts) if not verdict] == []
+    replies = list(grader.threads.map(grader.ask, [(gold, gold) for gold in golds]))
+    assert [gold for gold, reply in zip(golds, replies) if reply != "right"] == []
 
 
 @pytest.mark.parametrize("name", BENCH_FILES)
@@ -353,7 +358,7 @@ def test_columns_and_cleaning(tmp_path, capsys):
 
 def test_gold_that_hangs_is_dropped(tmp_path, capsys, monkeypatch):
     rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "x?", "answer": "\\frac{" * 40 + "1" + "}{2}" * 40}]
-    monkeypatch.setattr(ev.Grader, "ask", lambda self, question: False)  # what a killed worker's question gets
+    monkeypatch.setattr(ev.Grader, "ask", lambda self, question: "time-out")  # what a killed worker's question gets
     assert len(ev.load_problems(write(tmp_path / "rows.jsonl", rows))) == 1
     assert "1 of 2 rows dropped" in capsys.readouterr().out
 
@@ -466,8 +471,8 @@ class FakeTokenizer:
     def encode(self, text):
         return [ord(character) for character in text]
 
-    def decode(self, ids, skip_special_tokens):
-        return "".join(chr(i) for i in ids if i)
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(chr(i) for i in ids if i) for ids in rows]
 
 
 def make_tokenizer(chat_template):
@@ -534,7 +539,7 @@ def test_evaluate_against_brute_force(n, count, grader):
     generator = random.Random(n)
     right = [generator.randint(0, n) for _ in range(count)]
     problems = [{"problem": f"{'x' * generator.randint(0, 30)}{i}?", "answer": str(i)} for i in range(count)]
-    result = ev.evaluate(make_sampler(right, n), FakeTokenizer(), problems, grader, n=n, progress=False)
+    result = ev.evaluate(make_sampler(right, n), FakeTokenizer(), problems, grader, n=n)
     assert result["accuracy"] == pytest.approx(sum(right) / n / count)
     means = [c / n for c in right]
     assert result["standard_error"] == pytest.approx(statistics.stdev(means) / math.sqrt(count))
@@ -556,7 +561,7 @@ def test_evaluate_against_brute_force(n, count, grader):
 
 def test_evaluate_one_problem(grader):
     problems = [{"problem": "0?", "answer": "0"}]
-    result = ev.evaluate(make_sampler([1], 1), FakeTokenizer(), problems, grader, progress=False)
+    result = ev.evaluate(make_sampler([1], 1), FakeTokenizer(), problems, grader)
     assert result["accuracy"] == 1 and math.isnan(result["standard_error"])
 
 
@@ -584,7 +589,7 @@ def test_evaluate_on_ranks(tmp_path, grader):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     subprocess.run(command, check=True, env=CLEAN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
     problems = [{"problem": f"{i}?", "answer": str(i)} for i in range(7)]
-    alone = ev.evaluate(make_sampler([i % 5 for i in range(7)], 4), FakeTokenizer(), problems, grader, n=4, progress=False)
+    alone = ev.evaluate(make_sampler([i % 5 for i in range(7)], 4), FakeTokenizer(), problems, grader, n=4)
     alone = json.loads(json.dumps(alone))
     assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)] == [alone, alone]
 
