@@ -6,20 +6,20 @@
     python eval.py --grade completions.jsonl                               no model: the columns completion and answer
 
 torchrun needs the "--", else it takes --n for its own. Benchmarks are names (listed below), hub ids "owner/name", or
-.jsonl and .parquet files with a problem and an answer a row; where the hub cannot be reached give a file, or set HF_HOME
-to a cache. n = 1 is greedy; more are sampled at --temperature and --top_p. A right answer is the last \\boxed{...}, or
-without a box what the last line says after "answer is", "Answer:" or "####"; it is compared as text or number, else by
-math-verify, which has 3 seconds. The table has a row for each model and benchmark:
+.jsonl and .parquet files with a problem and an answer a row; where the hub cannot be reached give a file, or set
+HF_HOME to a cache. n = 1 is greedy; more are sampled with --temperature and --top_p. The answer is what stands in the
+last \\boxed{...}, or without a box what the last line says after "answer is", "Answer:" or "####". It is compared with
+the gold as text or number, else by math-verify, which has 3 seconds. The table has a row for each model and benchmark:
 
-    avg@n      accuracy: the mean over problems of the share of right completions, and its standard error over problems
+    avg@n      accuracy: mean over problems of the share of right completions, ± its standard error over problems
     length     mean tokens of a completion; truncated: share cut off at --max_new_tokens; no box: share without a box
     time-outs  gradings stopped at the 3 seconds; they count as wrong
     pass@k     chance that one of k completions is right, without bias from n: k = 1, 2, 4, ... up to n, or --k
 
-and each further model one for its difference to the first, with a 95 % interval (bootstrap over problems, paired).
---out keeps OUT/<model>/<benchmark>.jsonl, a row a completion (`why` is what decided: text, math-verify, time-out, crash,
-too long, no answer), and OUT/summary.json. The same command goes on where it was interrupted; other settings are
-refused. Seed, settings and number of processes decide the completions.
+and each further model has its difference to the first, with a 95 % interval (bootstrap over problems, paired).
+--out keeps OUT/<model>/<benchmark>.jsonl, a row a completion (`why` is what decided: text, math-verify, time-out,
+crash, too long, no answer), and OUT/summary.json. The same command goes on where it was interrupted; other settings
+are refused. Seed, settings and number of processes decide the completions.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def load_problems(name, split="train"):
         return usable(read_file(name), name)
     if name in HUB or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return usable(read_hub(name, split), name)
-    fail(f"unknown data set {name!r}: known are arithmetic, {', '.join(HUB)}; or give a .jsonl or .parquet file, or a hub "
-         "id owner/name")
+    fail(f"unknown data set {name!r}: known are arithmetic, {', '.join(HUB)}; or give a .jsonl or .parquet file, "
+         "or a hub id owner/name")
 
 
 def usable(rows, name, wanted=PROBLEMS | ANSWERS):
@@ -110,8 +110,7 @@ def usable(rows, name, wanted=PROBLEMS | ANSWERS):
     columns = {key: next((found[column] for column in names if column in found), None) for key, names in wanted.items()}
     if None in columns.values():
         has = f"has the columns {', '.join(found.values())}" if found else "is empty"
-        needs = " and ".join(f"{key} (or {', '.join(names[1:])})" if names[1:] else key for key, names in wanted.items())
-        fail(f"{name} {has}: it needs {needs}")
+        fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in wanted.values()))
     texts = [{key: read_cell(row.get(column)) for key, column in columns.items()} for row in rows]
     for row in texts:
         if "####" in row["answer"]:  # GSM8K's "so she has 18 #### 18"
@@ -258,19 +257,11 @@ def clean(text):
     """An answer in a form that math-verify reads: "$8\\,178.$" -> "8178", "4.5e33" -> "4.5 \\times 10^{33}"."""
     text = text.translate(SYMBOLS)
     text = re.sub(r"\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # the marks of maths mode, and dollars
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
     text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
     return re.sub(r"(?<!\.)\.$", "", text).strip()
-
-
-def squash(text):
-    """A cleaned answer to compare letter by letter: no spaces, no \\left and \\right; words without \\text and case."""
-    text = re.sub(r"\s+|\\(?:left|right)(?![a-z])", "", text)
-    word = TEXT.sub(r"\1", text)
-    return word.casefold() if re.fullmatch(r"[A-Za-z]{3,}", word) else text
 
 
 def same_number(gold, answer):
@@ -294,7 +285,7 @@ def judge_text(gold, answer):
     Against a number, words around a number do no harm ("18 eggs"), and a sum or product not carried out is wrong:
     math-verify takes "37+5+81+26" for 149, and a model in training would learn to repeat the question.
     """
-    if not gold or not answer or squash(gold) == squash(answer):
+    if not gold or not answer or gold.split() == answer.split():
         return bool(gold and answer)
     if NUMBER.fullmatch(gold):
         words = TEXT.sub(r" \1 ", answer)
@@ -322,7 +313,6 @@ class Grader:
         limits = [str(deadline), str(memory_gb / workers)]
         self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
         self.timeouts = self.crashes = 0
-        self.lock = threading.Lock()
         self.threads = ThreadPoolExecutor(workers)  # each talks to a worker of its own
         self.running = {}  # thread: its worker
 
@@ -361,6 +351,8 @@ class Grader:
                     open_questions.setdefault((gold, clean(extracted)), []).append(len(verdicts))
             verdicts.append({"correct": correct, "extracted": extracted, "boxed": box is not None, "why": why})
         for reply, places in zip(self.threads.map(self.ask, open_questions), open_questions.values()):
+            self.timeouts += reply == "time-out"
+            self.crashes += reply == "crash"
             for place in places:
                 why = "math-verify" if reply in ("right", "wrong") else reply
                 verdicts[place].update(correct=reply == "right", why=why)
@@ -386,9 +378,6 @@ class Grader:
             reply = ""
         if not reply and worker.wait() > 0:
             raise RuntimeError("the grader's worker did not start: is math-verify installed? It said what stands above")
-        with self.lock:
-            self.timeouts += reply == "time-out"
-            self.crashes += reply in ("crash", "")
         return reply or "crash"
 
 
@@ -409,6 +398,7 @@ def work(deadline, memory_gb):
         return parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
 
     logging.disable()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     read("1")
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     for stream in (1, 2):  # what a library prints is no reply, and sympy's complaints interest nobody
@@ -434,11 +424,25 @@ def work(deadline, memory_gb):
 
 # ---- Evaluation ----
 
-def share(problems):
-    """This rank's problems, each with its index; the longest first: if memory runs out, then at once."""
+def finished(path, problems, n, size):
+    """This rank's problems, the longest first (if memory runs out, then at once), and the rows that `path` has of them.
+
+    The file of an interrupted run is cut back to whole batches of `size` problems, each with n completions.
+    """
     order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["problem"]))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return [{"index": i, **problems[i]} for i in order[rank::world]]
+    order = order[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    mine, lines = [{"index": i, **problems[i]} for i in order], []
+    if path and os.path.exists(path):
+        with open(path, "rb") as file:
+            lines = [line for line in file if line.endswith(b"\n")]
+        for line, problem in zip(lines[::n], mine):
+            for key, value in problem.items():
+                if (found := json.loads(line).get(key)) != value:
+                    fail(f"{path} was made with {key} {found!r}, not {value!r}: choose another --out")
+        if len(lines) < len(mine) * n:
+            lines = lines[: len(lines) // (size * n) * size * n]
+        os.truncate(path, sum(map(len, lines)))
+    return mine, [json.loads(line) for line in lines]
 
 
 def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, batch_size=256, out=None, ks=None):
@@ -448,24 +452,21 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
     with `ids` (stop token kept) and `finish` ("stop" or "length"). A batch has batch_size completions; a finished one
     is written to the file `out`, and is not done again if it stands there already.
     """
-    import torch.distributed as dist
-
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine, most, size = share(problems), -(-len(problems) // world), max(1, batch_size // n)
-    records = finished(out, mine, n, size) if out else []
+    most, size = -(-len(problems) // world), max(1, batch_size // n)
+    mine, records = finished(out, problems, n, size)
     done = len(records) // n
-    everywhere = [done] * world
-    if world > 1:
-        dist.all_gather_object(everywhere, done)
     with (
         open(out or os.devnull, "a") as file,
         tqdm(total=len(mine), initial=done, desc="evaluating", unit="problem", disable=rank > 0) as bar,
     ):
-        for start in range(min(everywhere), most, size):  # as often on every rank: ranks may share an engine
+        for start in range(0, most, size):
             batch = mine[max(start, done) : start + size]
+            if not batch and world == 1:
+                continue  # of several ranks each takes part in every batch: they may share an engine
             prompts = [encode_prompt(tokenizer, row["problem"]) for row in batch]
             completions = sampler(prompts, n, (seed * world + rank) * most + start, temperature)
-            texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+            texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             rows = [dict(row) for row in batch for _ in range(n)]
             verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
             for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
@@ -473,36 +474,21 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             records += rows
-            bar.set_postfix(accuracy=f"{statistics.fmean(row['correct'] for row in records):.3f}", refresh=False)
+            bar.set_postfix(accuracy=f"{sum(row['correct'] for row in records) / len(records):.3f}", refresh=False)
             bar.update(len(batch))
     shares = [records] * world
     if world > 1:
-        dist.all_gather_object(shares, records)
+        import torch
+
+        torch.distributed.all_gather_object(shares, records)
     return summarize(sorted((row for rows in shares for row in rows), key=lambda row: row["index"]), ks)
-
-
-def finished(path, problems, n, size):
-    """The rows that an interrupted run left in its file, which is cut back to whole batches of `size` problems."""
-    if not os.path.exists(path):
-        return []
-    with open(path, "rb+") as file:
-        lines = [line for line in file if line.endswith(b"\n")]
-        if len(lines) < len(problems) * n:
-            lines = lines[: len(lines) // (size * n) * size * n]
-        file.truncate(sum(map(len, lines)))
-    rows = [json.loads(line) for line in lines]
-    for place, row in enumerate(rows):
-        for key, value in problems[place // n].items():
-            if row.get(key) != value:
-                fail(f"{path} was made with {key} {row.get(key)!r}, not {value!r}: choose another --out")
-    return rows
 
 
 def summarize(records, ks=None):
     """Statistics of graded completions, whose `index` tells which of them answer the same problem.
 
     Keys: accuracy; standard_error (over problems; nan when there is one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
-    length (mean tokens); truncated and no_box (shares); grader_timeouts; problems; n; records (as they came).
+    length (mean tokens); truncated, no_box (shares); grader_timeouts; problems; n; means (of each problem); records.
     """
     groups = {}
     for record in records:
@@ -518,27 +504,21 @@ def summarize(records, ks=None):
             for k in ks or [2**power for power in range(n.bit_length())]
         },
         "length": statistics.fmean(record.get("length", math.nan) for record in records),
-        "truncated": statistics.fmean(record.get("finish") == "length" for record in records),
+        "truncated": statistics.fmean(row["finish"] == "length" if "finish" in row else math.nan for row in records),
         "no_box": statistics.fmean(not record["boxed"] for record in records),
         "grader_timeouts": sum(record["why"] == "time-out" for record in records),
         "problems": len(counts),
         "n": n,
+        "means": means,
         "records": records,
     }
 
 
 def difference(first, second):
-    """Accuracy of the second evaluation minus that of the first, and the ends of its 95 % interval.
-
-    A bootstrap over problems, the same ones in both: that some are hard for both does not widen the interval.
-    """
+    """Mean of the second list minus that of the first, and the ends of its 95 % interval: a paired bootstrap."""
     import numpy
 
-    deltas = {}
-    for sign, result in ((-1, first), (1, second)):
-        for record in result["records"]:
-            deltas[record["index"]] = deltas.get(record["index"], 0) + sign * record["correct"] / result["n"]
-    deltas = numpy.array(list(deltas.values()))  # [problems]
+    deltas = numpy.subtract(second, first)  # [problems]
     draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
     return deltas.mean().item(), *numpy.percentile(deltas[draws].mean(1), [2.5, 97.5]).tolist()
 
@@ -594,25 +574,23 @@ def report(results, args):
     """Print the tables of results {(model, benchmark): statistics}; with --out also write OUT/summary.json."""
     summary, notes, first = [], [], next(iter(results))[0]
     width = max(len(text) for names in results for text in names)
-    say(f"{'model':<{width}}  {'benchmark':<{width}}  problems  {f'avg@{args.n}':>13}  length  truncated  no box  "
-        "time-outs  pass@k")
+    head = "problems  avg@n          length  truncated  no box  time-outs  pass@k"
+    say(f"{'model':<{width}}  {'benchmark':<{width}}  {head}")
     for (model, benchmark), result in results.items():
-        accuracy = f"{result['accuracy']:.3f} ± {result['standard_error']:.3f}"
         passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
-        say(f"{model:<{width}}  {benchmark:<{width}}  {result['problems']:>8}  {accuracy}  {result['length']:>6.0f}  "
-            f"{result['truncated']:>9.3f}  {result['no_box']:>6.3f}  {result['grader_timeouts']:>9}  {passes}")
+        row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
+               "{grader_timeouts:>9}  ").format(**result)
+        say(f"{model:<{width}}  {benchmark:<{width}}  {row}{passes}")
         summary.append({"model": model, "benchmark": benchmark, **result})
-        del summary[-1]["records"]
+        del summary[-1]["means"], summary[-1]["records"]
         if model != first:
-            change, low, high = difference(results[first, benchmark], result)
+            change, low, high = difference(results[first, benchmark]["means"], result["means"])
             notes.append(f"{model} minus {first}, {benchmark}: {change:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
             summary[-1].update(minus=first, difference=change, interval=[low, high])
     say("\n".join(notes))
     if args.out and os.environ.get("RANK", "0") == "0":
-        path = os.path.join(args.out, "summary.json")
-        with open(path + ".part", "w") as file:
+        with open(os.path.join(args.out, "summary.json"), "w") as file:
             json.dump(summary, file, indent=1)
-        os.replace(path + ".part", path)
 
 
 def grade_file(args):
@@ -623,6 +601,10 @@ def grade_file(args):
     with Grader() as grader:
         verdicts = grader.judge_all([(row["completion"], row["answer"]) for row in rows])
     rows = [{"index": row.get("problem", i), **row, **verdict} for i, (row, verdict) in enumerate(zip(rows, verdicts))]
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, "graded.jsonl"), "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     return {("-", args.grade): summarize(rows, args.k)}
 
 
@@ -644,36 +626,35 @@ def evaluate_models(args):
     keys = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
     settings = {key: getattr(args, key) for key in keys}
     settings |= {"sampler": "vllm" if vllm else "hf", "processes": int(os.environ.get("WORLD_SIZE", 1))}
-    tasks, room = {}, {}
+    benchmarks = {name: [{**row, **settings} for row in rows] for name, rows in benchmarks.items()}
+    files, room = {}, {}
     for model, tokenizer in tokenizers.items():
         longest = max(len(encode_prompt(tokenizer, row["problem"])) for rows in benchmarks.values() for row in rows)
         context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", math.inf)
         room[model] = longest, min(args.max_new_tokens, context - longest)
         if context <= longest:
             fail(f"{model} has room for {context} tokens, and the longest prompt has {longest}")
-        for name, problems in benchmarks.items():
-            path, problems = None, [{**row, "model": model, **settings} for row in problems]
-            if args.out:  # a file for each rank
-                place = [re.sub(r"[^\w.-]+", "_", part.strip("./").removesuffix(".jsonl")) for part in (model, name)]
-                os.makedirs(os.path.join(args.out, place[0]), exist_ok=True)
-                rank = f".{os.environ['RANK']}.jsonl" if settings["processes"] > 1 else ".jsonl"
-                path = os.path.join(args.out, *place) + rank
-                finished(path, share(problems), args.n, max(1, args.batch_size // args.n))
-            tasks[model, name] = problems, path
+        for name in benchmarks if args.out else ():  # a file for each rank
+            parts = [re.sub(r"[^\w.-]+", "_", part.strip("./").removesuffix(".jsonl")) for part in (model, name)]
+            rank = f".{os.environ['RANK']}.jsonl" if settings["processes"] > 1 else ".jsonl"
+            files[model, name] = os.path.join(args.out, *parts) + rank
+            os.makedirs(os.path.dirname(files[model, name]), exist_ok=True)
+            finished(files[model, name], benchmarks[name], args.n, max(1, args.batch_size // args.n))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
     say(f"{args.model} on {args.benchmarks}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    results = {}
+    results, how = {}, (args.n, args.seed, args.temperature, args.batch_size)
     with Grader() as grader:
         for args.model, tokenizer in tokenizers.items():
             args.max_prompt_tokens, args.max_new_tokens = room[args.model]
             sampler = partial((VLLMSampler if vllm else HFSampler)(args, tokenizer, device), top_p=args.top_p)
-            how = args.n, args.seed, args.temperature, args.batch_size
-            for name in benchmarks:
-                problems, path = tasks[args.model, name]
+            for name, problems in benchmarks.items():
+                path = files.get((args.model, name))
                 results[args.model, name] = evaluate(sampler, tokenizer, problems, grader, *how, path, args.k)
             del sampler  # before the next one is loaded
             gc.collect()
+    if not vllm:  # which does it at its own end
+        dist.destroy_process_group()
     return results
 
 
@@ -685,8 +666,4 @@ if __name__ == "__main__":
         arguments = parse_args()
         report(grade_file(arguments) if arguments.grade else evaluate_models(arguments), arguments)
     except KeyboardInterrupt:
-        fail("interrupted" + "; the same command goes on" if "--out" in sys.argv else "interrupted", 130)
-    finally:
-        distributed = sys.modules.get("torch.distributed")
-        if distributed and distributed.is_initialized() and "vllm" not in sys.modules:  # vLLM does it at its own end
-            distributed.destroy_process_group()
+        fail("interrupted", 130)
