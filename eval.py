@@ -1,31 +1,45 @@
 """Problems, prompts, grading and evaluation: the one file that the four training scripts share.
 
-    python eval.py --model tests/tiny --benchmarks arithmetic --limit 64 --show 3
-    python eval.py --model runs/X/final --benchmarks gsm8k,my_problems.jsonl --n 8
-    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8
+    python eval.py --model tests/tiny                                      the tiny model on generated sums
+    python eval.py --model A,B --benchmarks math500,mine.jsonl --n 8       two models, and their difference
+    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
+    python eval.py --grade completions.jsonl                               no model: the columns completion and answer
 
-Samples n completions a problem, grades the last \\boxed{...} of each, and prints a table: accuracy with its standard
-error over problems, mean length in tokens, share cut off at --max_new_tokens, share without a box, gradings stopped at
-the grader's deadline (they count as wrong), and pass@k, the chance that one of k completions is right.
+torchrun needs the "--", else it takes --n for its own. Benchmarks are names (listed below), hub ids "owner/name", or
+.jsonl and .parquet files with a problem and an answer a row; where the hub cannot be reached give a file, or set
+HF_HOME to a cache. n = 1 is greedy; more are sampled with --temperature and --top_p. The answer is what stands in the
+last \\boxed{...}, or without a box what the last line says after "answer is", "Answer:" or "####". It is compared with
+the gold as text or number, else by math-verify, which has 3 seconds. The table has a row for each model and benchmark:
+
+    avg@n      accuracy: mean over problems of the share of right completions, ± its standard error over problems
+    length     mean tokens of a completion; truncated: share cut off at --max_new_tokens; no box: share without a box
+    time-outs  gradings stopped at the 3 seconds; they count as wrong
+    pass@k     chance that one of k completions is right, without bias from n: k = 1, 2, 4, ... up to n, or --k
+
+and each further model has its difference to the first, with a 95 % interval (bootstrap over problems, paired).
+--out keeps OUT/<model>/<benchmark>.jsonl, a row a completion (`why` is what decided: text, math-verify, time-out,
+crash, too long, no answer), and OUT/summary.json. The same command goes on where it was interrupted; other settings
+are refused. Seed, settings and number of processes decide the completions.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
 import random
 import re
-import selectors
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import threading
-import time
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
+from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from tqdm import tqdm  # whatever is heavier is imported where it is used: the grader's workers start from this file
 
@@ -42,8 +56,8 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "minerva": ("math-ai/minervamath", None, "test", "test"),
     "olympiadbench": ("math-ai/olympiadbench", None, "test", "test"),
 }
-PROBLEM_COLUMNS = ("problem", "question", "prompt", "query", "instruction", "input")  # the first that is there
-ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")
+PROBLEMS = {"problem": ("problem", "question", "prompt", "query", "instruction", "input")}  # the first that is there
+ANSWERS = {"answer": ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")}
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_PROMPT = "Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
 
@@ -65,10 +79,7 @@ def fail(message, code=2):
 # ---- Problems ----
 
 def arithmetic(split):
-    """Generated sums: problems "37+5+81+26?" with answers "149", the same on every machine; split "train" or "test".
-
-    Four numbers from 1 to 99; 256 sums for testing and 4096 for training, no sum in both.
-    """
+    """Generated sums such as "37+5+81+26?": 256 to test on, 4096 to train on, none in both, the same everywhere."""
     generator = random.Random(0)
     sums = {}  # a dict keeps the order and drops repetitions
     while len(sums) < 256 + 4096:
@@ -77,45 +88,43 @@ def arithmetic(split):
     return [{"problem": "+".join(map(str, terms)) + "?", "answer": str(sum(terms))} for terms in chosen]
 
 
-def load_problems(name_or_path, split="train"):
+def load_problems(name, split="train"):
     """Problems as a list of {"problem", "answer"}, the answers cleaned; unusable rows are dropped and counted.
 
-    name_or_path: "arithmetic" or a name in HUB; a .jsonl, .json or .parquet file; any other hub id "owner/name".
+    name: "arithmetic" or one of HUB; a .jsonl or .parquet file; any other hub id "owner/name".
     split: "train" or "test", where the data set has both. Bad input ends the program with one line (see fail).
     """
-    if name_or_path == "arithmetic":
+    if name == "arithmetic":
         return arithmetic(split)
-    is_file = os.path.exists(name_or_path) or name_or_path.endswith((".jsonl", ".json", ".parquet"))
-    if name_or_path in HUB or (not is_file and re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path)):
-        rows = read_hub(name_or_path, split)
-    elif is_file:
-        rows = read_file(name_or_path)
-    else:
-        fail(f"unknown data set {name_or_path!r}: known are arithmetic, {', '.join(HUB)}; or give a .jsonl, .json or "
-             ".parquet file, or a hub id owner/name")
-    columns = {str(column).lower(): column for row in rows for column in row}
-    problem_column = next((columns[name] for name in PROBLEM_COLUMNS if name in columns), None)
-    answer_column = next((columns[name] for name in ANSWER_COLUMNS if name in columns), None)
-    if problem_column is None or answer_column is None:
-        found = f"has the columns {', '.join(columns.values())}" if columns else "is empty"
-        fail(f"{name_or_path} {found}: it needs a problem (one of {', '.join(PROBLEM_COLUMNS)}) "
-             f"and an answer (one of {', '.join(ANSWER_COLUMNS)})")
-    problems = []
-    for row in rows:
-        answer = read_cell(row.get(answer_column))
-        if "####" in answer:  # GSM8K's "so she has 18 #### 18"
-            answer = answer.rpartition("####")[2]
-        elif "\\boxed" in answer or answer_column.lower() == "solution":
-            answer = last_boxed(answer) or ""
-        problems.append({"problem": read_cell(row.get(problem_column)), "answer": clean(answer)})
+    if name not in HUB and (os.path.exists(name) or name.endswith((".jsonl", ".parquet"))):
+        return usable(read_file(name), name)
+    if name in HUB or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return usable(read_hub(name, split), name)
+    fail(f"unknown data set {name!r}: known are arithmetic, {', '.join(HUB)}; or give a .jsonl or .parquet file, "
+         "or a hub id owner/name")
+
+
+def usable(rows, name, wanted=PROBLEMS | ANSWERS):
+    """The wanted columns, {key: possible names}, of those rows that have a problem and a gold the grader can read."""
+    found = {str(column).lower(): column for row in rows for column in row}
+    columns = {key: next((found[column] for column in names if column in found), None) for key, names in wanted.items()}
+    if None in columns.values():
+        has = f"has the columns {', '.join(found.values())}" if found else "is empty"
+        fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in wanted.values()))
+    texts = [{key: read_cell(row.get(column)) for key, column in columns.items()} for row in rows]
+    for row in texts:
+        if "####" in row["answer"]:  # GSM8K's "so she has 18 #### 18"
+            row["answer"] = row["answer"].rpartition("####")[2]
+        elif "\\boxed" in row["answer"] or columns["answer"].lower() == "solution":
+            row["answer"] = last_boxed(row["answer"]) or ""
+        row["answer"] = clean(row["answer"])
     with Grader() as grader:
-        readable = grader.readable({row["answer"] for row in problems})
-    kept = [row for row in problems if row["problem"] and row["answer"] in readable]
+        readable = grader.readable({row["answer"] for row in texts})
+    kept = [row for row in texts if row["answer"] in readable and row.get("problem") != ""]
     if not kept:
-        fail(f"{name_or_path}: no row of {len(rows)} has a problem ({problem_column}) and an answer ({answer_column}) "
-             f"the grader can read; the first answer is {problems[0]['answer'][:80]!r}")
+        fail(f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read")
     if len(kept) < len(rows):
-        say(f"{name_or_path}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an unusable answer")
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an unusable answer")
     return kept
 
 
@@ -130,28 +139,20 @@ def read_cell(value):
 
 
 def read_file(path):
-    """Rows of a .parquet file, a .json list or JSON lines, as dicts."""
-    if not os.path.isfile(path):
-        fail(f"{path} is a folder: give a file in it" if os.path.isdir(path) else f"there is no file {path}")
-    if path.endswith(".parquet"):
-        from pyarrow import ArrowException, parquet
+    """Rows of a .parquet file or of JSON lines, as dicts."""
+    rows, place = [], ""
+    try:
+        if path.endswith(".parquet"):
+            from pyarrow import parquet
 
-        try:
             return parquet.read_table(path).to_pylist()
-        except (ArrowException, OSError) as error:
-            fail(f"{path} cannot be read as parquet: {error}")
-    with open(path, "rb") as file:
-        text = file.read()
-    rows = []
-    for number, line in enumerate([text] if text.lstrip()[:1] == b"[" else text.splitlines(), start=1):
-        try:
-            found = json.loads(line) if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            fail(f"{path}, line {number} is not JSON: {error}")
-        found = found if isinstance(found, list) else [found]
-        if not all(isinstance(row, dict) for row in found):
-            fail(f'{path}, line {number} is no row such as {{"problem": "1+1?", "answer": "2"}}')
-        rows += found
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                place = f", line {number}"
+                if line.strip():
+                    rows.append(dict(json.loads(line)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        fail(f"cannot read {path}{place}: {error}")
     return rows
 
 
@@ -173,20 +174,38 @@ def read_hub(name, split):
 
 
 def use_cache_without_network():
-    """Whether there is no hub; then its clients, which would retry for a minute, are told to use their cache."""
+    """Whether there is no hub; then its clients, which would retry for half a minute, are told to use their cache."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE and not {"https_proxy", "all_proxy"} & {name.lower() for name in os.environ}:
-        host, _, port = constants.ENDPOINT.rpartition("//")[2].partition("/")[0].partition(":")
+        hub = urlsplit(constants.ENDPOINT)
         try:
-            socket.create_connection((host, int(port or 443)), timeout=5).close()
+            socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
         except OSError as error:
             say(f"the hub cannot be reached ({error}): only what is in its cache can be used")
             constants.HF_HUB_OFFLINE = True
     return constants.HF_HUB_OFFLINE
 
 
-# ---- Prompts ----
+def load_tokenizer(name):
+    """The tokenizer of a model's folder or hub id; what is no model ends the program with one line, at once."""
+    if not os.path.isdir(name):
+        use_cache_without_network()
+    elif not any(file.endswith(".safetensors") for file in os.listdir(name)):
+        fail(f"{name} is no model folder: it needs config.json, weights in .safetensors and a tokenizer")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        transformers.AutoConfig.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if not tokenizer.encode("1"):  # what transformers makes of a folder without a tokenizer
+            raise ValueError("no tokenizer")
+    except Exception as error:  # a dozen kinds, and all mean that this is no model
+        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a folder with a model and its "
+             "tokenizer, a hub id, or set HF_HOME to a cache that holds it")
+    return tokenizer
+
 
 def encode_prompt(tokenizer, problem):
     """Token ids of the prompt: the tokenizer's chat template if it has one, else a plain question and answer."""
@@ -227,23 +246,22 @@ def last_boxed(text):
     return None if start < 0 else text[start:end]
 
 
+def stated(text):
+    """What the last line says after "answer is", "Answer:" or "####", or None; an unfinished box is no answer."""
+    line = text.strip()[-500:].rpartition("\n")[2].replace("**", "")
+    match = re.match(r".*(?:answer is|answer:|####)[\s:]*(\S.*)", line, re.IGNORECASE)
+    return match[1] if match and "\\boxed" not in line else None
+
+
 def clean(text):
     """An answer in a form that math-verify reads: "$8\\,178.$" -> "8178", "4.5e33" -> "4.5 \\times 10^{33}"."""
     text = text.translate(SYMBOLS)
     text = re.sub(r"\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # the marks of maths mode, and dollars
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
     text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
     return re.sub(r"(?<!\.)\.$", "", text).strip()
-
-
-def squash(text):
-    """A cleaned answer to compare letter by letter: no spaces, no \\left and \\right; words without \\text and case."""
-    text = re.sub(r"\s+|\\(?:left|right)(?![a-z])", "", text)
-    word = TEXT.sub(r"\1", text)
-    return word.casefold() if re.fullmatch(r"[A-Za-z]{3,}", word) else text
 
 
 def same_number(gold, answer):
@@ -267,7 +285,7 @@ def judge_text(gold, answer):
     Against a number, words around a number do no harm ("18 eggs"), and a sum or product not carried out is wrong:
     math-verify takes "37+5+81+26" for 149, and a model in training would learn to repeat the question.
     """
-    if not gold or not answer or squash(gold) == squash(answer):
+    if not gold or not answer or gold.split() == answer.split():
         return bool(gold and answer)
     if NUMBER.fullmatch(gold):
         words = TEXT.sub(r" \1 ", answer)
@@ -282,315 +300,370 @@ def judge_text(gold, answer):
 
 
 class Grader:
-    """Grades completions in worker processes, which are killed and replaced at the deadline or the memory limit.
+    """Grades completions in worker processes, where a grading ends at its deadline or at the memory limit.
 
-    The answer is what stands in the last \\boxed{...}. A completion without a box is wrong, in training and evaluation,
-    since the prompt asks for one; so is an answer absurdly longer than the gold. Workers start when first needed.
-    `timeouts` counts gradings killed after `deadline` seconds, `crashes` those whose worker died otherwise.
+    The answer is the last box, or without one what the last line states; absurdly longer than the gold it is wrong.
+    Workers start when first needed; memory_gb is for all of them together. `timeouts` counts gradings that were stopped
+    after `deadline` seconds, `crashes` those that died otherwise: their answers are wrong.
     """
 
-    def __init__(self, workers=None, deadline=3.0, memory_gb=2.0):
+    def __init__(self, workers=None, deadline=3.0, memory_gb=3.0):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.workers = workers or max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        self.deadline = deadline
-        self.command = [sys.executable, os.path.abspath(__file__), "--worker", str(deadline), str(memory_gb)]
+        workers = workers or max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        limits = [str(deadline), str(memory_gb / workers)]
+        self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
         self.timeouts = self.crashes = 0
-        self.threads = ThreadPoolExecutor(self.workers)
-        self.lock = threading.Lock()
-        self.own = threading.local()  # each thread has a worker of its own
-        self.running = set()
+        self.threads = ThreadPoolExecutor(workers)  # each talks to a worker of its own
+        self.running = {}  # thread: its worker
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
-
-    def close(self):
         """End the workers, also those at work."""
         self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in list(self.running):
-            self.stop(worker)
+        for worker in list(self.running.values()):
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
 
     def grade(self, completion, gold):
-        """Whether the completion's boxed answer is the gold's."""
+        """Whether the completion's answer is the gold's."""
         return self.grade_all([(completion, gold)])[0]
 
     def grade_all(self, pairs):
-        """Verdicts on (completion, gold) pairs, in order; the same answer to the same gold is graded only once."""
+        """Whether the answers are right, for (completion, gold) pairs, in order."""
+        return [verdict["correct"] for verdict in self.judge_all(pairs)]
+
+    def judge_all(self, pairs):
+        """Verdicts on (completion, gold) pairs, in order; the same answer to the same gold is graded only once.
+
+        A verdict: {"correct", "extracted": the answer or None, "boxed", "why": what decided}, as in the rows of --out.
+        """
         verdicts, open_questions = [], {}
-        for place, (completion, gold) in enumerate(pairs):
-            gold, answer = clean(gold), last_boxed(completion)
-            if answer is None or len(answer) > 400 + 4 * len(gold):
-                verdicts.append(False)
-                continue
-            verdicts.append(judge_text(gold, clean(answer)))
-            if verdicts[-1] is None:
-                open_questions.setdefault((gold, clean(answer)), []).append(place)
-        for verdict, places in zip(self.threads.map(self.ask, open_questions), open_questions.values()):
+        for completion, gold in pairs:
+            gold, box = clean(gold), last_boxed(completion)
+            extracted = stated(completion) if box is None else box
+            correct, why = False, "no answer" if extracted is None else "too long"
+            if extracted is not None and len(extracted) <= 400 + 4 * len(gold):
+                correct, why = judge_text(gold, clean(extracted)), "text"
+                if correct is None:
+                    open_questions.setdefault((gold, clean(extracted)), []).append(len(verdicts))
+            verdicts.append({"correct": correct, "extracted": extracted, "boxed": box is not None, "why": why})
+        for reply, places in zip(self.threads.map(self.ask, open_questions), open_questions.values()):
+            self.timeouts += reply == "time-out"
+            self.crashes += reply == "crash"
             for place in places:
-                verdicts[place] = verdict
+                why = "math-verify" if reply in ("right", "wrong") else reply
+                verdicts[place].update(correct=reply == "right", why=why)
         return verdicts
 
     def readable(self, golds):
         """The set of those cleaned golds that can be graded: plain numbers, and what math-verify parses in time."""
         golds = sorted(golds - {""})
-        parsed = self.threads.map(lambda gold: bool(NUMBER.fullmatch(gold)) or self.ask((gold, None)), golds)
+        parsed = self.threads.map(lambda gold: bool(NUMBER.fullmatch(gold)) or self.ask((gold, None)) == "right", golds)
         return {gold for gold, good in zip(golds, parsed) if good}
 
     def ask(self, question):
-        """A worker's verdict on (gold, answer), or with answer None whether it can read the gold; False if it died."""
-        worker = getattr(self.own, "worker", None)
+        """A worker's reply to (gold, answer): right, wrong, time-out or crash; to (gold, None): can it be read?"""
+        worker = self.running.get(threading.get_ident())
         if worker is None or worker.poll() is not None:
-            worker = self.own.worker = self.start()
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+            worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
+            self.running[threading.get_ident()] = worker
         try:
             worker.stdin.write(json.dumps(question).encode() + b"\n")
-            worker.stdin.flush()
-            reply = self.read(worker, self.deadline)
+            reply = worker.stdout.read(20).decode().strip()
         except BrokenPipeError:
-            reply = b""
-        if reply not in (b"1\n", b"0\n"):
-            self.stop(worker)
-            with self.lock:
-                self.timeouts += reply is None
-                self.crashes += reply is not None
-        return reply == b"1\n"
-
-    def start(self):
-        """A new worker, ready: the second that it takes to import sympy is on nobody's deadline."""
-        worker = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.running.add(worker)
-        if self.read(worker, 120) != b"ready\n":
-            self.stop(worker)
+            reply = ""
+        if not reply and worker.wait() > 0:
             raise RuntimeError("the grader's worker did not start: is math-verify installed? It said what stands above")
-        return worker
-
-    def stop(self, worker):
-        worker.kill()
-        worker.wait()
-        self.running.discard(worker)
-
-    @staticmethod
-    def read(worker, seconds):
-        """The worker's next line, b"" if it died, None if the time is over."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(worker.stdout, selectors.EVENT_READ)
-            return worker.stdout.readline() if selector.select(seconds) else None
+        return reply or "crash"
 
 
 def work(deadline, memory_gb):
-    """A grader's worker: reads a JSON line [gold, answer], replies 1 or 0, and ends with its parent."""
+    """A grader's worker: replies with a word to each JSON line [gold, answer], and ends with its parent.
+
+    This process only imports sympy. A fork of it does the work: at the deadline the kernel ends it by an alarm that
+    nobody handles, and the next fork is there at once, where importing sympy again would take a second.
+    """
     import logging
     import resource
 
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no reply
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if sys.platform != "darwin":  # macOS does not know this limit
-        limit = int(memory_gb * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    logging.disable()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     from math_verify import LatexExtractionConfig, parse, verify
 
     config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
-    def read(text):  # math-verify's own time-outs are off (None): they would take SIGALRM away from us
+    def read(text):  # math-verify's own time-outs are off (None): they would take our alarm
         return parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
 
+    logging.disable()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     read("1")
-    os.dup2(1, 2)  # from here on sympy's complaints interest nobody
-    replies.write(b"ready\n")
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    for stream in (1, 2):  # what a library prints is no reply, and sympy's complaints interest nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    if sys.platform != "darwin":  # macOS does not know this limit
+        limit, hard = int(memory_gb * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    while child := os.fork():
+        status = os.waitpid(child, 0)[1]
+        if status == 0:  # there are no more questions
+            return
+        replies.write(b"time-out\n" if status == signal.SIGALRM else b"crash\n")
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, deadline + 5)  # ends us if our parent died and cannot kill us
         gold, answer = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, deadline)
         expected = read(gold)
         right = bool(expected) and (
             answer is None or verify(expected, read(answer), numeric_precision=40, timeout_seconds=None)
         )
         signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(b"1\n" if right else b"0\n")
+        replies.write(b"right\n" if right else b"wrong\n")
 
 
 # ---- Evaluation ----
 
-def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, progress=True):
-    """Sample n completions a problem, grade them, and return statistics, the same on every rank of a process group.
+def finished(path, problems, n, size):
+    """This rank's problems, the longest first (if memory runs out, then at once), and the rows that `path` has of them.
+
+    The file of an interrupted run is cut back to whole batches of `size` problems, each with n completions.
+    """
+    order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["problem"]))
+    order = order[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    mine, lines = [{"index": i, **problems[i]} for i in order], []
+    if path and os.path.exists(path):
+        with open(path, "rb") as file:
+            lines = [line for line in file if line.endswith(b"\n")]
+        for line, problem in zip(lines[::n], mine):
+            for key, value in problem.items():
+                if (found := json.loads(line).get(key)) != value:
+                    fail(f"{path} was made with {key} {found!r}, not {value!r}: choose another --out")
+        if len(lines) < len(mine) * n:
+            lines = lines[: len(lines) // (size * n) * size * n]
+        os.truncate(path, sum(map(len, lines)))
+    return mine, [json.loads(line) for line in lines]
+
+
+def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, batch_size=256, out=None, ks=None):
+    """Sample n completions a problem, grade them, and return their statistics (see summarize), the same on every rank.
 
     sampler(prompt_ids, n, seed, temperature) returns len(prompt_ids) * n completions, those of a prompt together, each
-    with `ids` (stop token kept) and `finish` ("stop" or "length"). Each rank takes its share of the problems.
-    Keys: accuracy; standard_error (over problems; nan when there is one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
-    length (mean tokens); truncated and no_box (shares); grader_timeouts; problems; n; records (a dict a completion).
+    with `ids` (stop token kept) and `finish` ("stop" or "length"). A batch has batch_size completions; a finished one
+    is written to the file `out`, and is not done again if it stands there already.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and not (distributed.is_available() and distributed.is_initialized()):
-        distributed = None
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed else (0, 1)
-    prompts = {i: encode_prompt(tokenizer, problems[i]["problem"]) for i in range(rank, len(problems), world)}
-    order = sorted(prompts, key=lambda i: -len(prompts[i]))  # longest first: if memory runs out, then at once
-    chunk_size = max(1, 256 // n)
-    timeouts = grader.timeouts
-    records = []
-    with tqdm(total=len(order), desc="evaluating", unit="problem", disable=not progress or rank > 0) as bar:
-        for chunk in (order[start:start + chunk_size] for start in range(0, len(order), chunk_size)):
-            completions = sampler([prompts[i] for i in chunk], n, seed + chunk[0], temperature)
-            owners = [i for i in chunk for _ in range(n)]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    most, size = -(-len(problems) // world), max(1, batch_size // n)
+    mine, records = finished(out, problems, n, size)
+    done = len(records) // n
+    with (
+        open(out or os.devnull, "a") as file,
+        tqdm(total=len(mine), initial=done, desc="evaluating", unit="problem", disable=rank > 0) as bar,
+    ):
+        for start in range(0, most, size):
+            batch = mine[max(start, done) : start + size]
+            if not batch and world == 1:
+                continue  # of several ranks each takes part in every batch: they may share an engine
+            prompts = [encode_prompt(tokenizer, row["problem"]) for row in batch]
+            completions = sampler(prompts, n, (seed * world + rank) * most + start, temperature)
             texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
-            verdicts = grader.grade_all([(text, problems[i]["answer"]) for text, i in zip(texts, owners)])
-            for i, completion, text, verdict in zip(owners, completions, texts, verdicts, strict=True):
-                records.append({"index": i, **problems[i], "completion": text, "extracted": last_boxed(text),
-                                "correct": verdict, "length": len(completion.ids), "finish": completion.finish})
-            bar.set_postfix(accuracy=f"{statistics.fmean(record['correct'] for record in records):.3f}", refresh=False)
-            bar.update(len(chunk))
-    shares = [(records, grader.timeouts - timeouts)]
-    if distributed:
-        shares *= world
-        distributed.all_gather_object(shares, shares[0])
-    records = sorted((record for share in shares for record in share[0]), key=lambda record: record["index"])
-    right = [sum(record["correct"] for record in records[i:i + n]) for i in range(0, len(records), n)]
-    ks = [2**power for power in range(n.bit_length())]
+            rows = [dict(row) for row in batch for _ in range(n)]
+            verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
+            for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
+                row.update(completion=text, length=len(completion.ids), finish=completion.finish, **verdict)
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            records += rows
+            bar.set_postfix(accuracy=f"{sum(row['correct'] for row in records) / len(records):.3f}", refresh=False)
+            bar.update(len(batch))
+    shares = [records] * world
+    if world > 1:
+        import torch
+
+        torch.distributed.all_gather_object(shares, records)
+    return summarize(sorted((row for rows in shares for row in rows), key=lambda row: row["index"]), ks)
+
+
+def summarize(records, ks=None):
+    """Statistics of graded completions, whose `index` tells which of them answer the same problem.
+
+    Keys: accuracy; standard_error (over problems; nan when there is one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
+    length (mean tokens); truncated, no_box (shares); grader_timeouts; problems; n; means (of each problem); records.
+    """
+    groups = {}
+    for record in records:
+        groups.setdefault(record["index"], []).append(record["correct"])
+    counts = [(len(group), sum(group)) for group in groups.values()]
+    means = [right / size for size, right in counts]
+    n = min(size for size, _ in counts)
     return {
-        "accuracy": statistics.fmean(right) / n,
-        "standard_error": statistics.stdev(right) / n / len(right) ** 0.5 if len(right) > 1 else math.nan,
-        "pass_at_k": {k: statistics.fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in right) for k in ks},
-        "length": statistics.fmean(record["length"] for record in records),
-        "truncated": statistics.fmean(record["finish"] == "length" for record in records),
-        "no_box": statistics.fmean(record["extracted"] is None for record in records),
-        "grader_timeouts": sum(share[1] for share in shares),
-        "problems": len(right),
+        "accuracy": statistics.fmean(means),
+        "standard_error": statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else math.nan,
+        "pass_at_k": {
+            k: statistics.fmean(1 - math.comb(size - right, k) / math.comb(size, k) for size, right in counts)
+            for k in ks or [2**power for power in range(n.bit_length())]
+        },
+        "length": statistics.fmean(record.get("length", math.nan) for record in records),
+        "truncated": statistics.fmean(row["finish"] == "length" if "finish" in row else math.nan for row in records),
+        "no_box": statistics.fmean(not record["boxed"] for record in records),
+        "grader_timeouts": sum(record["why"] == "time-out" for record in records),
+        "problems": len(counts),
         "n": n,
+        "means": means,
         "records": records,
     }
 
 
-Completion = namedtuple("Completion", "ids finish")
+def difference(first, second):
+    """Mean of the second list minus that of the first, and the ends of its 95 % interval: a paired bootstrap."""
+    import numpy
+
+    deltas = numpy.subtract(second, first)  # [problems]
+    draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
+    return deltas.mean().item(), *numpy.percentile(deltas[draws].mean(1), [2.5, 97.5]).tolist()
 
 
-def transformers_sampler(model, tokenizer, max_new_tokens, batch_size):
-    """A sampler for evaluate: transformers' generate on batches of similar length, padded on the left."""
-    import torch
-    from transformers import GenerationConfig
+# ---- The command line ----
 
-    stops = model.generation_config.eos_token_id
-    stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
-    padding = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
-    model.generation_config = GenerationConfig()  # else the model's own top_k, top_p and penalties leak in
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+def parse_args():
+    """The command line, checked as far as that needs no data and no model."""
+    def numbers(text):
+        return [int(number) for number in text.split(",")]
 
-    def sample(prompt_ids, n, seed, temperature):
-        torch.manual_seed(seed)
-        prompts = [ids for ids in prompt_ids for _ in range(n)]  # evaluate sends them sorted by length
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        completions = []
-        for batch in (prompts[start:start + batch_size] for start in range(0, len(prompts), batch_size)):
-            width = max(map(len, batch))
-            rows = [[padding] * (width - len(ids)) + ids for ids in batch]
-            masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
-            config = GenerationConfig(max_new_tokens=max(1, min(max_new_tokens, context - width)),
-                                      eos_token_id=sorted(stops) or None, pad_token_id=padding, **how)
-            tokens = model.generate(torch.tensor(rows, device=model.device), generation_config=config,
-                                    attention_mask=torch.tensor(masks, device=model.device))  # [batch, width + new]
-            for ids in tokens[:, width:].tolist():
-                end = next((place for place, token in enumerate(ids, start=1) if token in stops), None)
-                completions.append(Completion(ids[:end], "stop" if end else "length"))
-        return completions
-
-    return sample
-
-
-def load_tokenizer(name):
-    """The tokenizer of a model's folder or hub id; what is no model ends the program with one line, at once."""
-    is_folder = os.path.isdir(name)
-    if not is_folder and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name):
-        fail(f"there is no model folder {name}")
-    files = os.listdir(name) if is_folder else []
-    if is_folder and not ("config.json" in files and any(file.endswith(".safetensors") for file in files)):
-        fail(f"{name} is no model folder: it needs config.json, weights in .safetensors and a tokenizer")
-    if not is_folder:
-        use_cache_without_network()
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if not tokenizer.encode("1"):  # what transformers makes of a folder without a tokenizer
-            raise ValueError("no tokenizer")
-    except Exception as error:  # a dozen kinds, and all mean that this is no model
-        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a folder with a model and its "
-             "tokenizer, or a hub id, or set HF_HOME to a cache that holds it")
-    return tokenizer
-
-
-def load_model(name):
-    """The tokenizer and the model of a folder or hub id, for evaluation: bf16 on a GPU, fp32 without."""
-    tokenizer = load_tokenizer(name)
-    import torch
-    import transformers
-
-    device, kind = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
-    return tokenizer, model.to(device).eval()
-
-
-def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"data sets by name: arithmetic, {', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--model", required=True, help="a folder in transformers' format, or a hub id")
+    parser.add_argument("--model", help="folder in transformers' format, or hub id; several with commas between")
+    parser.add_argument("--grade", metavar="FILE", help="instead of --model: a file of completions and their answers")
     parser.add_argument("--benchmarks", default="arithmetic", help="names, files or hub ids, with commas between")
-    parser.add_argument("--split", default="test", choices=("train", "test"), help="where a data set has both (test)")
     parser.add_argument("--n", type=int, default=1, help="completions a problem (1)")
+    parser.add_argument("--k", type=numbers, help="the k of pass@k, with commas between (1,2,4,... up to n)")
     parser.add_argument("--limit", type=int, help="only the first so many problems of each benchmark")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="a completion is cut off here (1024)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (0 if n is 1, else 0.6)")
-    parser.add_argument("--batch_size", type=int, default=32, help="completions sampled at a time (32)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed and settings give the same completions (0)")
-    parser.add_argument("--show", type=int, default=0, help="print so many completions of each benchmark (0)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="samples come from the likeliest tokens (0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples (0)")
+    parser.add_argument("--batch_size", type=int, default=256, help="completions sampled and saved at a time (256)")
+    parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm if CUDA has it")
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (0.9)")
+    parser.add_argument("--vllm_tp", type=int, default=1, help="processes that share a vLLM engine (1)")
+    parser.add_argument("--enforce_eager", action="store_true", help="vLLM without CUDA graphs: starts sooner")
+    parser.add_argument("--out", help="folder for all completions and the summary")
     args = parser.parse_args()
-    for name in ("n", "limit", "max_new_tokens", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.temperature is None:
         args.temperature = 0.0 if args.n == 1 else 0.6
-    if not 0 <= args.temperature < math.inf or (args.n > 1 and args.temperature == 0):
-        fail(f"--temperature must be at least 0, and above 0 when n is more than 1, not {args.temperature}")
-    benchmarks = {name: load_problems(name, args.split)[:args.limit] for name in args.benchmarks.split(",")}
-    import torch
+    for name in ("n", "limit", "max_new_tokens", "batch_size", "vllm_tp"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for right, message in (
+        ((args.model is None) != (args.grade is None), "give --model, or --grade FILE for completions made elsewhere"),
+        (0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}"),
+        (args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1"),
+        (0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}"),
+        (args.grade or all(1 <= k <= args.n for k in args.k or ()), f"--k: every k must be from 1 to --n {args.n}"),
+        (args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt"),
+        (int(os.environ.get("WORLD_SIZE", 1)) % args.vllm_tp == 0, "--vllm_tp must divide the number of processes"),
+        (not args.out or not os.path.isfile(args.out), f"--out {args.out} is a file: give a folder"),
+    ):
+        if not right:
+            fail(message)
+    return args
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    tokenizer, model = load_model(args.model)
-    say(f"{args.model} on {', '.join(benchmarks)}: n {args.n}, temperature {args.temperature}, seed {args.seed}")
-    sampler = transformers_sampler(model, tokenizer, args.max_new_tokens, args.batch_size)
-    table = []
-    with Grader() as grader, torch.inference_mode():
-        for name, problems in benchmarks.items():
-            start = time.time()
-            result = evaluate(sampler, tokenizer, problems, grader, args.n, args.seed, args.temperature)
-            for record in result["records"][:args.show]:
-                say(f"\n{record['problem']}\n--> {record['completion']}\n"
-                    f"{'right' if record['correct'] else 'wrong'}: {record['extracted']}, gold {record['answer']}\n")
-            passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
-            accuracy = f"{result['accuracy']:.3f} ± {result['standard_error']:.3f}"
-            table.append(f"{os.path.basename(name):<16}{result['problems']:>9}{accuracy:>16}{result['length']:>8.0f}"
-                         f"{result['truncated']:>11.3f}{result['no_box']:>8.3f}{result['grader_timeouts']:>10}"
-                         f"{time.time() - start:>9.0f}   {passes}")
-    say("benchmark        problems        accuracy  length  truncated  no box time-outs  seconds   pass@k")
-    say("\n".join(table))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+
+def report(results, args):
+    """Print the tables of results {(model, benchmark): statistics}; with --out also write OUT/summary.json."""
+    summary, notes, first = [], [], next(iter(results))[0]
+    width = max(len(text) for names in results for text in names)
+    head = "problems  avg@n          length  truncated  no box  time-outs  pass@k"
+    say(f"{'model':<{width}}  {'benchmark':<{width}}  {head}")
+    for (model, benchmark), result in results.items():
+        passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
+        row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
+               "{grader_timeouts:>9}  ").format(**result)
+        say(f"{model:<{width}}  {benchmark:<{width}}  {row}{passes}")
+        summary.append({"model": model, "benchmark": benchmark, **result})
+        del summary[-1]["means"], summary[-1]["records"]
+        if model != first:
+            change, low, high = difference(results[first, benchmark]["means"], result["means"])
+            notes.append(f"{model} minus {first}, {benchmark}: {change:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+            summary[-1].update(minus=first, difference=change, interval=[low, high])
+    say("\n".join(notes))
+    if args.out and os.environ.get("RANK", "0") == "0":
+        with open(os.path.join(args.out, "summary.json"), "w") as file:
+            json.dump(summary, file, indent=1)
+
+
+def grade_file(args):
+    """Grade completions made elsewhere. Rows of one problem belong together, if there is a column problem."""
+    rows = read_file(args.grade)
+    grouped = {"problem": ("problem",)} if any("problem" in row for row in rows) else {}
+    rows = usable(rows, args.grade, {"completion": ("completion",)} | ANSWERS | grouped)
+    with Grader() as grader:
+        verdicts = grader.judge_all([(row["completion"], row["answer"]) for row in rows])
+    rows = [{"index": row.get("problem", i), **row, **verdict} for i, (row, verdict) in enumerate(zip(rows, verdicts))]
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, "graded.jsonl"), "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return {("-", args.grade): summarize(rows, args.k)}
+
+
+def evaluate_models(args):
+    """Every model on every benchmark. What can be wrong is found before the first model is loaded."""
+    benchmarks = {name: load_problems(name, "test")[: args.limit] for name in args.benchmarks.split(",")}
+    tokenizers = {name: load_tokenizer(name) for name in args.model.split(",")}
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoConfig
+
+    from grpo import HFSampler, VLLMSampler
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    vllm = args.sampler == "vllm" or args.sampler == "auto" and device.type == "cuda" and find_spec("vllm")
+    keys = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
+    settings = {key: getattr(args, key) for key in keys}
+    settings |= {"sampler": "vllm" if vllm else "hf", "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    benchmarks = {name: [{**row, **settings} for row in rows] for name, rows in benchmarks.items()}
+    files, room = {}, {}
+    for model, tokenizer in tokenizers.items():
+        longest = max(len(encode_prompt(tokenizer, row["problem"])) for rows in benchmarks.values() for row in rows)
+        context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", math.inf)
+        room[model] = longest, min(args.max_new_tokens, context - longest)
+        if context <= longest:
+            fail(f"{model} has room for {context} tokens, and the longest prompt has {longest}")
+        for name in benchmarks if args.out else ():  # a file for each rank
+            parts = [re.sub(r"[^\w.-]+", "_", part.strip("./").removesuffix(".jsonl")) for part in (model, name)]
+            rank = f".{os.environ['RANK']}.jsonl" if settings["processes"] > 1 else ".jsonl"
+            files[model, name] = os.path.join(args.out, *parts) + rank
+            os.makedirs(os.path.dirname(files[model, name]), exist_ok=True)
+            finished(files[model, name], benchmarks[name], args.n, max(1, args.batch_size // args.n))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    say(f"{args.model} on {args.benchmarks}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    results, how = {}, (args.n, args.seed, args.temperature, args.batch_size)
+    with Grader() as grader:
+        for args.model, tokenizer in tokenizers.items():
+            args.max_prompt_tokens, args.max_new_tokens = room[args.model]
+            sampler = partial((VLLMSampler if vllm else HFSampler)(args, tokenizer, device), top_p=args.top_p)
+            for name, problems in benchmarks.items():
+                path = files.get((args.model, name))
+                results[args.model, name] = evaluate(sampler, tokenizer, problems, grader, *how, path, args.k)
+            del sampler  # before the next one is loaded
+            gc.collect()
+    if not vllm:  # which does it at its own end
+        dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(float(sys.argv[2]), float(sys.argv[3]))
-    else:
-        try:
-            main()
-        except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":
-                print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+        sys.exit()
+    try:
+        arguments = parse_args()
+        report(grade_file(arguments) if arguments.grade else evaluate_models(arguments), arguments)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
