@@ -14,13 +14,15 @@
   g  on a GPU: c, and the learner's tokens per second
 
 What is compared takes turns, in alternating order. Shown are median and quartiles; a ratio is taken in each turn, then
-its median and quartiles. Every compared pair is first shown to compute the same thing.
+its median and quartiles. Every compared pair is first shown to compute the same thing. On a machine that others use,
+--clock cpu counts the seconds that the process itself was on a core; OMP_NUM_THREADS=1 then leaves out idle spinning.
 """
 
 import argparse
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import statistics
@@ -28,6 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +50,8 @@ from eval import Grader, encode_prompt, fail, load_problems, load_tokenizer, say
 SCRIPTS = ("grpo", "grpo_lambda_traces", "lambda_grpo_learnable", "lambda_grpo_prm")
 TRL = "1.16.0"
 VOCABULARY = 151_936  # Qwen2.5
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+now = CLOCKS[os.environ.get("GRPO_BENCHMARK_CLOCK", "wall")]  # an environment variable reaches the workers as well
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -80,11 +86,11 @@ class Table:
 
 def timed(function, *arguments):
     """Seconds of one call, a GPU's work included."""
-    start = time.perf_counter()
+    start = now()
     function(*arguments)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def interleaved(functions, repetitions, title):
@@ -108,16 +114,18 @@ def linux_memory(what):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) / 1e6
 
 
-def with_peak(function, device):
-    """(seconds, GB held at most over what was there before) of one call."""
+def with_peak(make, arguments, device):
+    """What make(*arguments, device) returns is called once: its result, seconds, and GB at most over those before."""
+    run = make(*arguments, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        return timed(function), (torch.cuda.max_memory_allocated() - before) / 1e9
+        value, seconds = run(), timed(run)
+        return value, seconds, (torch.cuda.max_memory_allocated() - before) / 1e9
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    before = linux_memory("VmRSS")
-    seconds = timed(function)
-    return seconds, linux_memory("VmHWM") - before
+    before, start = linux_memory("VmRSS"), now()
+    value = run()
+    return value, now() - start, linux_memory("VmHWM") - before
 
 
 class Worker:
@@ -207,7 +215,7 @@ def training_step(name, mesh, batch, share=slice(None), device="cpu", **changes)
     policy = script.load_policy(args, mesh, torch.device(device), batch.prompts[0])
     if hasattr(args, "lam_init"):
         policy.register_buffer("lam", torch.tensor(args.lam_init, device=device))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     rewards = torch.tensor(batch.rewards, device=device).view(-1, group_size)[share]
     completions = [script.Completion(ids, "stop") for ids in batch.completions]
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)][share]
@@ -264,9 +272,9 @@ def serve_trl(file):
     def watch(name, function):
         """The same method, its seconds added to the clock."""
         def watched(*arguments, **options):
-            start = time.perf_counter()
+            start = now()
             result = function(*arguments, **options)
-            clock[name] = clock.get(name, 0) + time.perf_counter() - start
+            clock[name] = clock.get(name, 0) + now() - start
             return result
         return watched
 
@@ -279,7 +287,7 @@ def serve_trl(file):
             trainer.loss_type = current.get("loss", "grpo")
             trainer.scale_rewards = "none" if trainer.loss_type == "dr_grpo" else "group"
             losses.clear(), clock.clear()
-            clock["start"] = time.perf_counter()
+            clock["start"] = now()
 
         def on_pre_optimizer_step(self, args, state, control, model, **_):
             if "gradients" in current:
@@ -287,7 +295,7 @@ def serve_trl(file):
                 torch.save((sum(losses).item(), gradients), current["gradients"])
 
         def on_step_end(self, args, state, control, **_):
-            whole = time.perf_counter() - clock["start"]
+            whole = now() - clock["start"]
             others = clock["sampling"] + clock["grading"]
             reply(whole=whole, sampling=clock["sampling"], grading=clock["grading"], training=whole - others,
                   tokens=current.get("tokens"))
@@ -333,21 +341,21 @@ def live_step(name, mesh, encoded, problems, group_size, budget):
                           "max_grad_norm": 1e9, "micro_batch_tokens": budget})
     tokenizer, device = load_tokenizer(str(TINY)), torch.device("cpu")
     policy = script.load_policy(args, mesh, device, encoded[0])
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     sampler, grader = script.HFSampler(args, tokenizer, device), Grader()
 
     def step(seed):
-        clock = [time.perf_counter()]
+        clock = [now()]
         completions = sampler(encoded, group_size, seed, args.temperature)
-        clock.append(time.perf_counter())
+        clock.append(now())
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         asked = [row for row in problems for _ in range(group_size)]
         rewards = torch.tensor(script.rewards_of(texts, asked, grader)).view(len(problems), -1)
-        clock.append(time.perf_counter())
+        clock.append(now())
         script.train_step(policy, None, optimizer, args, encoded, completions, rewards)
-        clock.append(time.perf_counter())
+        clock.append(now())
         sampler.load(script.full_weights(policy, sampler.dtype))
-        clock.append(time.perf_counter())
+        clock.append(now())
         phases = dict(zip(("sampling", "grading", "training", "syncing"), (b - a for a, b in zip(clock, clock[1:]))))
         return {**phases, "whole": clock[-1] - clock[0], "tokens": sum(len(c.ids) for c in completions)}
 
@@ -409,9 +417,8 @@ def compare_steps(table, case, name, batch, mesh, budget, trainers, repetitions,
     if theirs:
         fastest = min(theirs, key=lambda key: statistics.median(times[key]))
         table.add("a", f"{case}: grpo.py / fastest {fastest}", ratios(times, ours, fastest), "", ("≤", 0.5))
-        for key in theirs:
-            if key != fastest:
-                table.add("a", f"{case}: grpo.py / {key}", ratios(times, ours, key))
+        whole = list(theirs)[-1]
+        table.add("a", f"{case}: grpo.py / TRL, both in one micro-batch", ratios(times, "grpo.py, one micro-batch", whole))
 
 
 def compare_phases(table, mesh, encoded, problems, group_size, budget, trainers, repetitions):
@@ -450,7 +457,7 @@ def part_b(table, options):
 
 
 def logits_pass(way, tokens, vocabulary, device):
-    """A function that makes the forward and backward pass over a thin model with a large vocabulary, and its result."""
+    """A function that makes the forward and backward pass over a thin model with a large vocabulary."""
     import transformers
 
     import grpo
@@ -464,7 +471,7 @@ def logits_pass(way, tokens, vocabulary, device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         input_ids = torch.randint(vocabulary, (8, tokens // 8 + 1))
         starts, mask = torch.ones(8, dtype=torch.long), torch.ones(8, tokens // 8, dtype=torch.bool)
-    policy, result = grpo.Policy(model, 1.0), {}
+    policy = grpo.Policy(model, 1.0)
     policy(input_ids[:, :3], starts, mask[:, :2])[0].sum().backward()  # allocates the gradients
 
     def run():
@@ -474,9 +481,9 @@ def logits_pass(way, tokens, vocabulary, device):
             logits = model(input_ids=input_ids).logits[:, :-1]
             logp = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
         logp.mean().backward()
-        result["value"] = logp.mean().item()
+        return logp.mean().item()
 
-    return run, result
+    return run
 
 
 def by_matrix(x, decay, style):
@@ -490,10 +497,10 @@ def by_matrix(x, decay, style):
 
 
 def trace_pass(way, length, style, device):
-    """A function that makes the forward and backward pass of a trace of [16, T], and its result."""
+    """A function that makes the forward and backward pass of a trace of [16, T]."""
     import grpo_lambda_traces
 
-    function, result = grpo_lambda_traces.trace if way == "trace" else by_matrix, {}
+    function = grpo_lambda_traces.trace if way == "trace" else by_matrix
     torch.manual_seed(0)
     x = torch.randn(16, length, device=device, requires_grad=True)
     function(torch.randn(16, 64, device=device, requires_grad=True), 0.99, style).sum().backward()  # torch's own needs
@@ -501,44 +508,46 @@ def trace_pass(way, length, style, device):
     def run():
         x.grad = None
         function(x, 0.99, style).square().sum().backward()
-        result["value"] = x.grad.norm().item()
+        return x.grad.norm().item()
 
-    return run, result
+    return run
 
 
 def memory_rows(table, part, what, make, ways, arguments, repetitions, device, bounds):
-    """Rows of seconds and of peak memory of two ways to compute the same, each time in a process of its own."""
-    command = [sys.executable, __file__, "--worker", make, "--device", device]
+    """Rows of seconds and of peak memory of two ways to compute the same, each time in a fresh process."""
+    fresh = multiprocessing.get_context("forkserver")  # forked from one that has everything imported
+    fresh.set_forkserver_preload(["__main__", "grpo", "grpo_lambda_traces"])
 
     def run(way):
-        done = subprocess.run([*command, "--file", json.dumps([way, *arguments])], capture_output=True, text=True)
-        if done.returncode:
-            fail(f"part {part}: {(done.stderr.strip().splitlines() or ['killed, out of memory?'])[-1]}", 1)
-        return json.loads(done.stdout.splitlines()[-1])
+        with ProcessPoolExecutor(1, fresh) as pool:
+            return pool.submit(with_peak, make, (way, *arguments), device).result()
 
-    results = interleaved({way: lambda way=way: run(way) for way in ways}, repetitions, f"{part}: {what}")
-    values = [result["value"] for way in ways for result in results[way]]
+    try:
+        results = interleaved({way: lambda way=way: run(way) for way in ways}, repetitions, f"{part}: {what}")
+    except BrokenProcessPool:
+        fail(f"part {part}: the process was killed, for want of memory?", 1)
+    values = [value for way in ways for value, _, _ in results[way]]
     if max(values) - min(values) > 1e-4 * abs(values[0]):
         fail(f"part {part}: {' and '.join(ways)} do not compute the same: {min(values)}, {max(values)}", 1)
-    for key, unit, bound in (("seconds", "s", bounds[0]), ("memory", "GB", bounds[1])):
-        times = {way: [result[key] for result in results[way]] for way in ways}
+    for place, quantity, unit, bound in ((1, "time", "s", bounds[0]), (2, "memory", "GB", bounds[1])):
+        measured = {way: [result[place] for result in results[way]] for way in ways}
         for way in ways:
-            table.add(part, f"{what}, {key}: {way}", times[way], unit)
+            table.add(part, f"{what}, {quantity}: {way}", measured[way], unit)
         above, below = reversed(ways) if bound and bound[0] == "≥" else ways
-        table.add(part, f"{what}, {key}: {above} / {below}", ratios(times, above, below), "", bound)
+        table.add(part, f"{what}, {quantity}: {above} / {below}", ratios(measured, above, below), "", bound)
 
 
 def part_c(table, options, part="c", device="cpu"):
     tokens, vocabulary, repetitions = (512, 16_384, 1) if options.quick else (options.tokens, VOCABULARY, 3)
     what = f"log-probabilities of {tokens} tokens, V = {vocabulary:,}"
-    memory_rows(table, part, what, "logits", ("chunks", "full"), [tokens, vocabulary], repetitions, device,
+    memory_rows(table, part, what, logits_pass, ("chunks", "full"), [tokens, vocabulary], repetitions, device,
                 (None, ("≤", 0.1)))
 
 
 def part_d(table, options):
     length, repetitions = (256, 1) if options.quick else (4096, 5)
     for style in ("both",) if options.quick else ("recent", "both"):
-        memory_rows(table, "d", f"trace of [16, {length}], {style}", "trace", ("trace", "matrix"), [length, style],
+        memory_rows(table, "d", f"trace of [16, {length}], {style}", trace_pass, ("trace", "matrix"), [length, style],
                     repetitions, "cpu", (("≥", 5), ("≤", 0.1)))
 
 
@@ -680,9 +689,10 @@ def serve_ranks(file):
         dist.broadcast_object_list(order)
         if order[0] is None:
             break
-        seconds = timed(step)
+        seconds = torch.tensor(timed(step))
+        dist.all_reduce(seconds)
         if rank == 0:
-            reply(seconds=seconds)
+            reply(seconds=seconds.item() / world)
     dist.destroy_process_group()
 
 
@@ -729,18 +739,17 @@ def main():
     parser.add_argument("--trl", metavar="PYTHON", help=f"interpreter of an environment with trl=={TRL}, for part a")
     parser.add_argument("--repetitions", type=int, default=11, help="of a step (default 11)")
     parser.add_argument("--tokens", type=int, default=8192, help="of part c; the full logits of 8192 take 16 GB")
-    for hidden in ("--worker", "--file", "--device"):
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are: see above")
+    for hidden in ("--worker", "--file"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.clock != "wall":
+        global now
+        os.environ["GRPO_BENCHMARK_CLOCK"], now = options.clock, CLOCKS[options.clock]
     if options.worker == "trl":
         return serve_trl(options.file)
     if options.worker == "ranks":
         return serve_ranks(options.file)
-    if options.worker:  # one pass, with its peak
-        make = {"logits": logits_pass, "trace": trace_pass}[options.worker]
-        run, result = make(*json.loads(options.file), options.device)
-        seconds, memory = with_peak(run, options.device)
-        return print(json.dumps({"seconds": seconds, "memory": memory, **result}))
     chosen = options.only.split(",")
     for letter in chosen:
         if letter not in PARTS:
@@ -752,7 +761,7 @@ def main():
     if set(chosen) & {"c", "d"} and not sys.platform.startswith("linux"):
         fail("parts c and d read Linux's account of memory: leave them out with --only")
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    say(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load}; torch {torch.__version__}"
+    say(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load}; {options.clock} seconds; torch {torch.__version__}"
         + ("; quick: sizes too small to judge" if options.quick else ""))
     table = Table(options.quick)
     for letter in chosen:
