@@ -75,7 +75,8 @@ class Table:
                 quartiles = f"{low:.3g} to {high:.3g}"
             if bound:
                 holds = median <= bound[1] if bound[0] == "≤" else median >= bound[1]
-                expected = f"{bound[0]} {bound[1]}: " + ("not judged" if self.quick else "holds" if holds else "DOES NOT")
+                verdict = "not judged" if self.quick else "holds" if holds else "DOES NOT HOLD"
+                expected = f"{bound[0]} {bound[1]}: {verdict}"
             median = f"{median:.3g} {unit}".strip()
         self.rows.append((part, what, median, quartiles, expected))
         say(f"{part:4}  {what:70} {median:>12}  {quartiles:>17}  {expected}".rstrip())
@@ -93,13 +94,13 @@ def timed(function, *arguments):
     return now() - start
 
 
-def interleaved(functions, repetitions, title):
-    """{name: [what its function returns, once a repetition]}: all in turn, every other time backwards, one to warm up."""
+def interleaved(functions, repetitions, title, warm_up=1):
+    """{name: [what its function returns, once a repetition]}: all in turn, every other time backwards."""
     results = {name: [] for name in functions}
-    for repetition in tqdm(range(repetitions + 1), title, leave=False, delay=1):
+    for repetition in tqdm(range(repetitions + warm_up), title, leave=False, delay=1):
         for name in list(functions)[:: 1 if repetition % 2 else -1]:
             result = functions[name]()
-            if repetition:
+            if repetition >= warm_up:
                 results[name].append(result)
     return results
 
@@ -115,17 +116,20 @@ def linux_memory(what):
 
 
 def with_peak(make, arguments, device):
-    """What make(*arguments, device) returns is called once: its result, seconds, and GB at most over those before."""
+    """Of what make(*arguments, device) returns: the result, the GB its first call held at most over what was there
+    before, and the seconds of its second."""
     run = make(*arguments, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        value, seconds = run(), timed(run)
-        return value, seconds, (torch.cuda.max_memory_allocated() - before) / 1e9
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    before, start = linux_memory("VmRSS"), now()
-    value = run()
-    return value, now() - start, linux_memory("VmHWM") - before
+        value = run()
+        memory = (torch.cuda.max_memory_allocated() - before) / 1e9
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        before = linux_memory("VmRSS")
+        value = run()
+        memory = linux_memory("VmHWM") - before
+    return value, memory, timed(run)
 
 
 class Worker:
@@ -182,8 +186,8 @@ class Batch(NamedTuple):
     rewards: list  # [P·G]
 
     def named(self):
-        tokens = [len(ids) for ids in self.completions]
-        return f"{len(self.prompts)} × {len(tokens) // len(self.prompts)}, {sum(tokens) / len(tokens):.0f} tokens (≤ {max(tokens)})"
+        tokens, prompts = [len(ids) for ids in self.completions], len(self.prompts)
+        return f"{prompts} × {len(tokens) // prompts}, {statistics.mean(tokens):.0f} tokens (≤ {max(tokens)})"
 
 
 def made_up(prompts, group_size, lengths, seed=0):
@@ -237,6 +241,13 @@ def toy_batch(prompts, group_size):
     sampled = grpo.HFSampler(args, tokenizer, torch.device("cpu"))(encoded, group_size, 0, 1.0)
     generator = random.Random(0)
     return Batch(encoded, [c.ids for c in sampled], [float(generator.random() < 0.5) for _ in sampled]), problems
+
+
+def imports_trl(python):
+    try:
+        return subprocess.run([python, "-c", "import trl"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def serve_trl(file):
@@ -402,8 +413,8 @@ def compare_steps(table, case, name, batch, mesh, budget, trainers, repetitions,
             file = Path(folder, "gradients")
             trainer.ask(batch=case, loss=loss, gradients=str(file))
             off = agreement(ours, torch.load(file))
-            if max(off) > 1e-4:
-                raise RuntimeError(f"{name}, {loss}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}; nothing is timed")
+            if not max(off) <= 1e-4:
+                raise RuntimeError(f"{name}, {loss}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}; not timed")
         table.add("a", f"{case}, {loss}: TRL's loss / gradient differs by", f"{off[0]:.0e} / {off[1]:.0e}")
     ours = f"grpo.py, {budget} tokens a micro-batch"
     functions = {ours: training_step("grpo", mesh, batch, micro_batch_tokens=budget)[0],
@@ -417,8 +428,8 @@ def compare_steps(table, case, name, batch, mesh, budget, trainers, repetitions,
     if theirs:
         fastest = min(theirs, key=lambda key: statistics.median(times[key]))
         table.add("a", f"{case}: grpo.py / fastest {fastest}", ratios(times, ours, fastest), "", ("≤", 0.5))
-        whole = list(theirs)[-1]
-        table.add("a", f"{case}: grpo.py / TRL, both in one micro-batch", ratios(times, "grpo.py, one micro-batch", whole))
+        table.add("a", f"{case}: grpo.py / TRL, both in one micro-batch",
+                  ratios(times, "grpo.py, one micro-batch", list(theirs)[-1]))
 
 
 def compare_phases(table, mesh, encoded, problems, group_size, budget, trainers, repetitions):
@@ -523,13 +534,13 @@ def memory_rows(table, part, what, make, ways, arguments, repetitions, device, b
             return pool.submit(with_peak, make, (way, *arguments), device).result()
 
     try:
-        results = interleaved({way: lambda way=way: run(way) for way in ways}, repetitions, f"{part}: {what}")
+        results = interleaved({way: lambda way=way: run(way) for way in ways}, repetitions, f"{part}: {what}", warm_up=0)
     except BrokenProcessPool:
         fail(f"part {part}: the process was killed, for want of memory?", 1)
     values = [value for way in ways for value, _, _ in results[way]]
     if max(values) - min(values) > 1e-4 * abs(values[0]):
         fail(f"part {part}: {' and '.join(ways)} do not compute the same: {min(values)}, {max(values)}", 1)
-    for place, quantity, unit, bound in ((1, "time", "s", bounds[0]), (2, "memory", "GB", bounds[1])):
+    for place, quantity, unit, bound in ((2, "time", "s", bounds[0]), (1, "memory", "GB", bounds[1])):
         measured = {way: [result[place] for result in results[way]] for way in ways}
         for way in ways:
             table.add(part, f"{what}, {quantity}: {way}", measured[way], unit)
@@ -538,7 +549,7 @@ def memory_rows(table, part, what, make, ways, arguments, repetitions, device, b
 
 
 def part_c(table, options, part="c", device="cpu"):
-    tokens, vocabulary, repetitions = (512, 16_384, 1) if options.quick else (options.tokens, VOCABULARY, 3)
+    tokens, vocabulary, repetitions = (512, 16_384, 1) if options.quick else (options.tokens, VOCABULARY, 2)
     what = f"log-probabilities of {tokens} tokens, V = {vocabulary:,}"
     memory_rows(table, part, what, logits_pass, ("chunks", "full"), [tokens, vocabulary], repetitions, device,
                 (None, ("≤", 0.1)))
@@ -627,7 +638,8 @@ def attention_share(step):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    return sum(time for key, time in times.items() if "scaled_dot_product" in key and "aten" in key) / sum(times.values())
+    attention = [time for key, time in times.items() if key.startswith("aten") and "scaled_dot_product" in key]
+    return sum(attention) / sum(times.values())
 
 
 def part_f(table, options):
@@ -646,7 +658,8 @@ def part_f(table, options):
         fitted = [exponent(sizes, turn) for turn in zip(*times.values())]
         table.add("f", f"exponent in {what}", fitted, "", None if what == "completion length" else ("≤", 1.1))
     shares = [attention_share(step) for step in steps.values()]
-    table.add("f", f"attention's share of the step at lengths {sizes[0]} and {sizes[-1]}", f"{shares[0]:.0%} / {shares[-1]:.0%}")
+    table.add("f", f"attention's share of the step at completion lengths {' / '.join(map(str, sizes))}",
+              " / ".join(f"{share:.0%}" for share in shares))
     others = [[time * (1 - share) for time, share in zip(turn, shares)] for turn in zip(*times.values())]
     table.add("f", "exponent in completion length, without attention", [exponent(sizes, turn) for turn in others], "",
               ("≤", 1.1))
@@ -699,7 +712,7 @@ def serve_ranks(file):
 # g. GPU ---------------------------------------------------------------------------------------------------------------
 
 
-def part_g(table, options, device=None):
+def part_g(table, options):
     if not torch.cuda.is_available():
         return table.add("g", "on a GPU: log-probabilities, the learner's tokens per second", "not run: no GPU")
     table.add("g", "card", torch.cuda.get_device_name())
@@ -719,7 +732,8 @@ def learner_rows(table, options, device):
     batch = made_up(prompts, group_size, length)
     with tempfile.TemporaryDirectory() as folder:
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        step, policy = training_step("grpo", alone(device), batch, device=device, model=folder, micro_batch_tokens=16384)
+        mesh, budget = alone(device), 16384
+        step, policy = training_step("grpo", mesh, batch, device=device, model=folder, micro_batch_tokens=budget)
     times = interleaved({"step": lambda: timed(step)}, 2 if options.quick else 7, "g: learner")["step"]
     size = sum(parameter.numel() for parameter in policy.parameters()) / 1e9
     speeds = [prompts * group_size * length / seconds for seconds in times]
@@ -756,13 +770,13 @@ def main():
             fail(f"--only {options.only}: there is no part {letter}, only {', '.join(PARTS)}")
     if options.repetitions < 2:
         fail(f"--repetitions {options.repetitions}: must be at least 2")
-    if options.trl and subprocess.run([options.trl, "-c", "import trl"], capture_output=True).returncode:
-        fail(f"--trl {options.trl}: that Python does not import trl")
+    if options.trl and not imports_trl(options.trl):
+        fail(f"--trl {options.trl}: no Python that can import trl")
     if set(chosen) & {"c", "d"} and not sys.platform.startswith("linux"):
         fail("parts c and d read Linux's account of memory: leave them out with --only")
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    say(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load}; {options.clock} seconds; torch {torch.__version__}"
-        + ("; quick: sizes too small to judge" if options.quick else ""))
+    say(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load}; {options.clock} seconds; torch "
+        + torch.__version__ + ("; quick: sizes too small to judge" if options.quick else ""))
     table = Table(options.quick)
     for letter in chosen:
         PARTS[letter](table, options)
