@@ -4,10 +4,10 @@
     python tests/compare.py --draw             the table and tests/compare.png again, from the runs that are there
 
 toy    what the scripts do without --model: long answers are right, because they show the steps of a sum.
-chain  the problem "48216?" names five doors, and the first is the right one. An answer names a door with its first
-       token, wanders, and repeats the door in the box: 4=+;=;;+\\boxed{4}. The model was taught, on the fly and within
-       a minute, to choose any of the five doors; behind the right one the way is short (6 to 14 random tokens), behind
-       the others it is long (22 to 34). So one early token decides, what follows is noise, and short answers are right.
+chain  the problem "48216?" names five doors, and the largest is the right one. An answer names a door with its first
+       token, wanders, and repeats the door in the box: 8=+;=;\\boxed{8}. The model was taught, on the fly and within
+       a minute, to choose any of the five doors; behind the right one the way is short (4 to 8 random tokens), behind
+       the others it is long (14 to 20). So one early token decides, what follows is noise, and short answers are right.
 
 Beside the four scripts runs grpo.py --loss dapo, because that is what both λ-GRPO are without their λ. Each of the five
 has the same tuning: a sweep over --rates with seeds of its own (100, 101, ..), in which the rate with the highest mean
@@ -45,8 +45,8 @@ METHODS = {  # label: (script, flags of its own)
     "lambda_grpo_prm.py": ("lambda_grpo_prm", []),
 }
 TASKS = {  # steps and flags; on the toy all else is the scripts' own TOY
-    "toy": (25, ["--eval_dataset", ""]),
-    "chain": (40, ["--prompts_per_step", "4", "--max_new_tokens", "48", "--warmup_steps", "5"]),
+    "toy": (20, ["--eval_dataset", ""]),
+    "chain": (30, ["--prompts_per_step", "4", "--max_new_tokens", "28", "--warmup_steps", "5"]),
 }
 TARGET, LAST = 0.7, 5  # the reward to reach, by a mean of three steps; the steps that "final" is the mean of
 
@@ -57,13 +57,13 @@ TARGET, LAST = 0.7, 5  # the reward to reach, by a mean of three steps; the step
 def doors(generator):
     """A problem of the chain task, and its answer: the first of five doors."""
     digits = [str(digit) for digit in generator.sample(range(10), 5)]
-    return "".join(digits) + "?", digits[0]
+    return "".join(digits) + "?", max(digits)
 
 
 def wander(problem, generator):
     """A demonstration: any of the five doors, a random walk that is short behind the right one, the door in the box."""
     door = problem[generator.randrange(5)]
-    length = generator.randint(6, 14) if door == problem[0] else generator.randint(22, 34)
+    length = generator.randint(4, 8) if door == max(problem[:5]) else generator.randint(14, 20)
     return door + "".join(generator.choices("+=;", k=length)) + BOX + door + "}"
 
 
@@ -171,8 +171,8 @@ def run_all(args):
         make_chain(args.output / "chain-model", args.model_steps)
     each = len(args.tasks) * len(METHODS)
     bar = tqdm(total=each * (len(args.rates) * args.sweep_seeds + args.seeds), desc="runs", file=sys.stderr)
-    for stage, task in itertools.product(("sweep", "seeds"), args.tasks):
-        for number in range(args.sweep_seeds if stage == "sweep" else args.seeds):
+    for stage, numbers in (("sweep", args.sweep_seeds), ("seeds", args.seeds)):
+        for number, task in itertools.product(range(numbers), args.tasks):
             for method in METHODS:  # interleaved, so that a busy hour of the machine meets all alike
                 for rate in args.rates if stage == "sweep" else [best_rate(args, task, method)]:
                     seed = number + (100 if stage == "sweep" else 0)
@@ -289,7 +289,41 @@ def draw(args, found):
             axis.set_title(f"{task}: {titles[key]}")
         row[0].axhline(TARGET, color="black", linewidth=0.6, linestyle=(0, (2, 4)))
         row[0].set_ylim(0, 1.03)
-    for axis, key, owner in zip(axes[-1], ("lam", "path_depth", "grad_norm"), list(METHODS)[:1:-1]):
-        ...
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS), frameon=False)
     figure.savefig(args.picture, dpi=80)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--output", type=Path, default=HERE.parent / "runs" / "compare", help="folder of the runs (default: runs/compare)")
+    parser.add_argument("--picture", type=Path, default=HERE / "compare.png", help="PNG to write (default: tests/compare.png)")
+    parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from the runs in --output")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5, help="runs at the best rate (default: 5)")
+    parser.add_argument("--sweep_seeds", type=int, default=2, help="runs at each rate of the sweep; 0: no sweep, the first rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="learning rates of the sweep")
+    parser.add_argument("--steps", type=int, help="steps of each run (default: 20 on the toy, 30 on the chain)")
+    parser.add_argument("--model_steps", type=int, default=300, help="steps of teaching the chain's model (default: 300)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if not args.draw:
+        try:
+            run_all(args)
+        except KeyboardInterrupt:
+            fail("interrupted; the same command goes on", 130)
+    found = results(args)
+    text = table(args, found)
+    (args.output / "table.md").write_text(text)
+    print(text)
+    draw(args, found)
+
+
+if __name__ == "__main__":
+    main()
