@@ -45,7 +45,7 @@ METHODS = {  # label: (script, flags of its own)
     "lambda_grpo_prm.py": ("lambda_grpo_prm", []),
 }
 TASKS = {  # steps and flags; on the toy all else is the scripts' own TOY
-    "toy": (20, ["--eval_dataset", ""]),
+    "toy": (20, ["--prompts_per_step", "8", "--eval_dataset", ""]),
     "chain": (30, ["--prompts_per_step", "4", "--max_new_tokens", "28", "--warmup_steps", "5"]),
 }
 TARGET, LAST = 0.7, 5  # the reward to reach, by a mean of three steps; the steps that "final" is the mean of
