@@ -18,6 +18,7 @@ else are the scripts' defaults. A run's metrics.jsonl is kept in --output; finis
 import argparse
 import contextlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -45,8 +46,8 @@ METHODS = {  # label: (script, flags of its own)
     "lambda_grpo_prm.py": ("lambda_grpo_prm", []),
 }
 TASKS = {  # steps and flags; on the toy all else is the scripts' own TOY
-    "toy": (20, ["--prompts_per_step", "8", "--eval_dataset", ""]),
-    "chain": (30, ["--prompts_per_step", "4", "--max_new_tokens", "28", "--warmup_steps", "5"]),
+    "toy": (20, ["--eval_dataset", ""]),
+    "chain": (30, ["--max_new_tokens", "28", "--warmup_steps", "5"]),
 }
 TARGET, LAST = 0.7, 5  # the reward to reach, by a mean of three steps; the steps that "final" is the mean of
 
@@ -122,6 +123,7 @@ def run(args, task, method, rate, seed):
     if task == "chain":
         flags = [*flags, "--model", str(args.output / "chain-model")]
         flags += ["--dataset", str(args.output / "chain-model" / "problems.jsonl")]
+    flags = [*flags, "--prompts_per_step", args.prompts_per_step]
     command = [f"{name}.py", *own, *flags, "--steps", args.steps or steps, "--lr", rate, "--seed", seed]
     before, sys.argv = sys.argv, list(map(str, [*command, "--save_every", 0, "--output_dir", part]))
     try:
@@ -247,7 +249,7 @@ def table(args, found):
 
 
 def curve(runs, key):
-    """Mean and half-width of the 95 % interval of a metric at each step: two lists."""
+    """Mean and half-width of the 95 % interval of a metric at each step: two tuples."""
     return zip(*(interval([float(rows[step][key]) for rows in runs]) for step in range(len(runs[0]))))
 
 
@@ -259,38 +261,56 @@ def draw(args, found):
         return tqdm.write("no picture: matplotlib is missing (pip install matplotlib); --draw makes it from these runs")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image  # comes with matplotlib
 
     looks = dict(zip(METHODS, (
         dict(color="#000000", linestyle="-", marker="o"),
-        dict(color="#8c8c8c", linestyle="--", marker="s"),
-        dict(color="#c8102e", linestyle="-", marker="^"),
-        dict(color="#1f5fbf", linestyle="-.", marker="D"),
-        dict(color="#e69f00", linestyle=":", marker="v"),
+        dict(color="#949494", linestyle="--", marker="s"),
+        dict(color="#b2182b", linestyle="-", marker="^"),
+        dict(color="#2b7bba", linestyle="-.", marker="D"),
+        dict(color="#f0a030", linestyle=(0, (1.2, 1)), marker="v"),
     )))
-    titles = {"reward": "reward", "length": "length of a completion, tokens", "entropy": "entropy, nats a token",
-              "lam": "λ of lambda_grpo_learnable.py", "path_depth": "path depth in lambda_grpo_prm.py's trees",
-              "grad_norm": "gradient norm before the clip"}
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    rows = len(found) + 1
-    figure, axes = plt.subplots(rows, 3, figsize=(13, 3.6 * rows), layout="constrained", squeeze=False)
+    titles = {"reward": "reward", "length": "length, tokens", "entropy": "entropy, nats a token"}
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(len(found) + 1, 3, figsize=(14, 3.7 * (len(found) + 1)), layout="constrained")
 
-    def line(axis, runs, key, offset=0, **look):
-        centre, half = map(list, curve(runs, key))
+    def line(axis, runs, key, first=0, **look):
+        """Mean and interval of a metric; markers at every fifth step from `first`, so that they do not hide others."""
+        centre, half = curve(runs, key)
         steps = range(1, len(centre) + 1)
-        axis.plot(steps, centre, linewidth=1.8, markersize=5, markevery=(offset, 5), **look)
-        if not math.isnan(half[0]):
-            low, high = [a - b for a, b in zip(centre, half)], [a + b for a, b in zip(centre, half)]
-            axis.fill_between(steps, low, high, color=look["color"], alpha=0.13, linewidth=0)
+        axis.plot(steps, centre, linewidth=2, markersize=6.5, markeredgewidth=1.5, markevery=(first, 5), **look)
+        low, high = [a - b for a, b in zip(centre, half)], [a + b for a, b in zip(centre, half)]
+        axis.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)  # nothing with a single seed
 
     for row, (task, methods) in zip(axes, found.items()):
-        for axis, key in zip(row, ("reward", "length", "entropy")):
-            for offset, (method, runs) in enumerate(methods.items()):
-                line(axis, runs, key, offset, label=method, **looks[method])
+        for axis, key in zip(row, titles):
+            for first, (method, runs) in enumerate(methods.items()):
+                line(axis, runs, key, first, label=method, **looks[method])
             axis.set_title(f"{task}: {titles[key]}")
-        row[0].axhline(TARGET, color="black", linewidth=0.6, linestyle=(0, (2, 4)))
+        row[0].axhline(TARGET, color="black", linewidth=0.7, linestyle=(0, (2, 4)))
         row[0].set_ylim(0, 1.03)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS), frameon=False)
-    figure.savefig(args.picture, dpi=80)
+    for axis, key, title, owners in (
+        (axes[-1, 0], "lam", "learnable: λ", ["lambda_grpo_learnable.py"]),
+        (axes[-1, 1], "path_depth", "PRM: inner nodes on a path of the tree", ["lambda_grpo_prm.py"]),
+        (axes[-1, 2], "grad_norm", "traces: gradient norm before the clip at 1", ["grpo.py", "grpo_lambda_traces.py"]),
+    ):
+        for (first, method), (task, style) in itertools.product(enumerate(owners), zip(found, ("-", "--"))):
+            face = "white" if style == "--" else looks[method]["color"]
+            line(axis, found[task][method], key, 2 * first, label=f"{method}, {task}" if len(owners) > 1 else task,
+                 **{**looks[method], "linestyle": style, "markerfacecolor": face})
+        axis.set_title(title)
+        axis.legend(frameon=False, fontsize=10 if len(owners) > 1 else 12)
+    axes[-1, 0].axhline(0, color="black", linewidth=0.7)
+    axes[-1, 2].set_yscale("log")
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS),
+                  frameon=False, handlelength=3.5)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, dpi=80)
+        Image.open(buffer).convert("RGB").quantize(96).save(args.picture, optimize=True)  # a third of the bytes
+    plt.close(figure)
+    print(f"the picture is {args.picture}, {args.picture.stat().st_size / 1e3:.0f} kB")
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -304,9 +324,10 @@ def parse_args():
     parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from the runs in --output")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5, help="runs at the best rate (default: 5)")
-    parser.add_argument("--sweep_seeds", type=int, default=2, help="runs at each rate of the sweep; 0: no sweep, the first rate")
+    parser.add_argument("--sweep_seeds", type=int, default=1, help="runs at each rate of the sweep; 0: no sweep, the first rate")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="learning rates of the sweep")
     parser.add_argument("--steps", type=int, help="steps of each run (default: 20 on the toy, 30 on the chain)")
+    parser.add_argument("--prompts_per_step", type=int, default=4, help="of each run (default: 4)")
     parser.add_argument("--model_steps", type=int, default=300, help="steps of teaching the chain's model (default: 300)")
     return parser.parse_args()
 
