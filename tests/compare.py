@@ -1,7 +1,7 @@
 """The four scripts against each other: equal steps, prompts and seeds on two tasks; a table and a picture of curves.
 
-    python tests/compare.py                    everything: about an hour on one CPU core; started again, it goes on
-    python tests/compare.py --draw             the table and tests/compare.png again, from the runs that are there
+    python tests/compare.py                 everything, about half an hour on a free CPU core; a second start goes on
+    python tests/compare.py --draw          the table and tests/compare.png again, from the runs that are there
 
 toy    what the scripts do without --model: long answers are right, because they show the steps of a sum.
 chain  the problem "48216?" names five doors, and the largest is the right one. An answer names a door with its first
@@ -9,10 +9,11 @@ chain  the problem "48216?" names five doors, and the largest is the right one. 
        a minute, to choose any of the five doors; behind the right one the way is short (4 to 8 random tokens), behind
        the others it is long (14 to 20). So one early token decides, what follows is noise, and short answers are right.
 
+Both with only 4 prompts × 8 completions a step, so that noise plays its part; all else are the scripts' defaults.
 Beside the four scripts runs grpo.py --loss dapo, because that is what both λ-GRPO are without their λ. Each of the five
 has the same tuning: a sweep over --rates with seeds of its own (100, 101, ..), in which the rate with the highest mean
-reward over all steps and seeds wins, and then seeds 0, 1, .. at that rate, which alone are in table and picture. All
-else are the scripts' defaults. A run's metrics.jsonl is kept in --output; finished runs are not repeated.
+reward over all steps and seeds wins, and then seeds 0, 1, .. at that rate, which alone are in table and picture. Each
+run's metrics.jsonl is kept in --output; finished runs are not repeated. The picture needs: pip install matplotlib
 """
 
 import argparse
@@ -24,6 +25,7 @@ import json
 import math
 import random
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -120,11 +122,12 @@ def run(args, task, method, rate, seed):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     (name, own), (steps, flags) = METHODS[method], TASKS[task]
+    steps = args.steps or steps
     if task == "chain":
         flags = [*flags, "--model", str(args.output / "chain-model")]
         flags += ["--dataset", str(args.output / "chain-model" / "problems.jsonl")]
     flags = [*flags, "--prompts_per_step", args.prompts_per_step]
-    command = [f"{name}.py", *own, *flags, "--steps", args.steps or steps, "--lr", rate, "--seed", seed]
+    command = [f"{name}.py", *own, *flags, "--steps", steps, "--lr", rate, "--seed", seed]
     before, sys.argv = sys.argv, list(map(str, [*command, "--save_every", 0, "--output_dir", part]))
     try:
         with open(part / "log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -162,6 +165,17 @@ def sweep_of(args, task, method):
 def best_rate(args, task, method):
     found = sweep_of(args, task, method)
     return max(found, key=found.get) if found else args.rates[0]
+
+
+def check_settings(args):
+    """Keep runs of other lengths or batches out of a folder: they would be taken for finished ones."""
+    settings = {"steps": args.steps, "prompts_per_step": args.prompts_per_step, "model_steps": args.model_steps}
+    path = args.output / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        fail(f"--output {args.output} holds runs with {path.read_text()}: give the same, or choose another folder")
+    if not args.draw:
+        args.output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
 
 
 def run_all(args):
@@ -206,6 +220,17 @@ def steps_to_target(rows):
     return next((step for step in range(3, len(rewards) + 1) if mean(rewards[step - 3 : step]) >= TARGET), None)
 
 
+def measures(runs):
+    """{measure: a number for each seed} of a script's runs. Steps to target: None where it was not reached."""
+    found = {f"final {key}": [mean([row[key] for row in rows[-LAST:]]) for rows in runs]
+             for key in ("reward", "length", "entropy")}
+    found["steps to target"] = [steps_to_target(rows) for rows in runs]
+    found["mean reward"] = [mean_reward(rows) for rows in runs]
+    times = [[sum(value for key, value in row.items() if key.startswith("seconds_")) for row in rows] for rows in runs]
+    found["seconds"] = [len(row) * statistics.median(row) for row in times]  # the median: the machine may be shared
+    return found
+
+
 def plus_minus(values, digits, sign=""):
     centre, half = interval([float(value) for value in values])
     return f"{centre:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
@@ -214,32 +239,31 @@ def plus_minus(values, digits, sign=""):
 def table(args, found):
     """The results and the sweep, in Markdown."""
     lines = [
-        f"Mean ± 95 % interval (Student's t) over seeds 0 to {args.seeds - 1}. Steps to {TARGET}: first step at which the "
-        f"mean reward of three steps",
-        f"reaches it. Final: mean of the last {LAST} steps. Against grpo.py: the difference of mean reward, seed by seed.",
+        f"Mean ± 95 % interval (Student's t) over seeds 0 to {args.seeds - 1}. Steps to {TARGET}: the first at which",
+        f"the mean reward of three steps reaches it. Final: mean of the last {LAST} steps. Mean reward: of all steps;",
+        "against grpo.py: its difference, seed by seed. Seconds: number of steps times the median step.",
         "",
-        f"| task | script | lr | steps to {TARGET} | final reward | mean reward, all steps | against grpo.py | final length "
-        "| final entropy | seconds |",
+        f"| task | script | lr | steps to {TARGET} | final reward | mean reward | against grpo.py | final length |"
+        " final entropy | seconds |",
         "|---" * 10 + "|",
     ]
     for task, methods in found.items():
+        base = measures(methods["grpo.py"])["mean reward"]
         for method, runs in methods.items():
-            reached = [step for step in map(steps_to_target, runs) if step]
+            own = measures(runs)
+            reached = [step for step in own["steps to target"] if step]
             steps = plus_minus(reached, 1) if reached else f"not in {len(runs[0])}"
             steps += f" ({len(reached)} of {len(runs)} seeds)" if 0 < len(reached) < len(runs) else ""
-            means, base = [[mean_reward(rows) for rows in each] for each in (runs, methods["grpo.py"])]
-            final = {key: [mean([row[key] for row in rows[-LAST:]]) for rows in runs]
-                     for key in ("reward", "length", "entropy")}
-            seconds = [sum(value for row in rows for key, value in row.items() if key.startswith("seconds_"))
-                       for rows in runs]
-            difference = "" if runs is methods["grpo.py"] else plus_minus([a - b for a, b in zip(means, base)], 3, "+")
-            cells = [task, f"`{method}`", f"{best_rate(args, task, method):g}", steps, plus_minus(final["reward"], 3),
-                     plus_minus(means, 3), difference, plus_minus(final["length"], 1), plus_minus(final["entropy"], 3),
-                     plus_minus(seconds, 0)]
+            difference = plus_minus([a - b for a, b in zip(own["mean reward"], base)], 3, "+")
+            cells = [task, f"`{method}`", f"{best_rate(args, task, method):g}", steps,
+                     plus_minus(own["final reward"], 3), plus_minus(own["mean reward"], 3),
+                     "" if method == "grpo.py" else difference, plus_minus(own["final length"], 1),
+                     plus_minus(own["final entropy"], 3), plus_minus(own["seconds"], 0)]
             lines.append("| " + " | ".join(cells) + " |")
     if args.sweep_seeds:
-        lines += ["", f"The sweep: mean reward over all steps and seeds 100 to {99 + args.sweep_seeds}; the best is bold.",
-                  "", "| task | script | " + " | ".join(f"lr {rate:g}" for rate in args.rates) + " |",
+        seeds = ", ".join(str(100 + seed) for seed in range(args.sweep_seeds))
+        lines += ["", f"The sweep: mean reward over all steps, seeds {seeds}; the best is bold.", "",
+                  "| task | script | " + " | ".join(f"lr {rate:g}" for rate in args.rates) + " |",
                   "|---" * (2 + len(args.rates)) + "|"]
         for task, method in itertools.product(args.tasks, METHODS):
             cells = [f"**{value:.3f}**" if rate == best_rate(args, task, method) else f"{value:.3f}"
@@ -319,17 +343,30 @@ def draw(args, found):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--output", type=Path, default=HERE.parent / "runs" / "compare", help="folder of the runs (default: runs/compare)")
-    parser.add_argument("--picture", type=Path, default=HERE / "compare.png", help="PNG to write (default: tests/compare.png)")
-    parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from the runs in --output")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=5, help="runs at the best rate (default: 5)")
-    parser.add_argument("--sweep_seeds", type=int, default=1, help="runs at each rate of the sweep; 0: no sweep, the first rate")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="learning rates of the sweep")
-    parser.add_argument("--steps", type=int, help="steps of each run (default: 20 on the toy, 30 on the chain)")
-    parser.add_argument("--prompts_per_step", type=int, default=4, help="of each run (default: 4)")
-    parser.add_argument("--model_steps", type=int, default=300, help="steps of teaching the chain's model (default: 300)")
-    return parser.parse_args()
+    for flag, kind, default, text in (
+        ("--output", Path, HERE.parent / "runs" / "compare", "folder of the runs (default: runs/compare)"),
+        ("--picture", Path, HERE / "compare.png", "PNG to write (default: tests/compare.png)"),
+        ("--seeds", int, 5, "runs at the best rate (default: 5)"),
+        ("--sweep_seeds", int, 1, "runs at each rate of the sweep (default: 1); 0: no sweep, with a single rate"),
+        ("--steps", int, None, "steps of each run (default: 20 on the toy, 30 on the chain)"),
+        ("--prompts_per_step", int, 4, "of each run (default: 4)"),
+        ("--model_steps", int, 300, "steps of teaching the chain's model (default: 300)"),
+    ):
+        parser.add_argument(flag, type=kind, default=default, help=text)
+    rates = [3e-5, 1e-4, 3e-4]
+    parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of the sweep (default: 3e-5 1e-4 3e-4)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both")
+    parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from --output")
+    args = parser.parse_args()
+    for name in ("seeds", "steps", "prompts_per_step", "model_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.sweep_seeds < 0 or min(args.rates) <= 0:
+        fail("--sweep_seeds must be 0 or above, and --rates above 0")
+    if args.sweep_seeds == 0 and len(args.rates) > 1:
+        fail("--sweep_seeds 0 leaves no sweep to choose a rate: give a single one in --rates")
+    check_settings(args)
+    return args
 
 
 def main():
