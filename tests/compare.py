@@ -48,8 +48,8 @@ METHODS = {  # label: (script, flags of its own)
     "lambda_grpo_prm.py": ("lambda_grpo_prm", []),
 }
 TASKS = {  # steps and flags; on the toy all else is the scripts' own TOY
-    "toy": (20, ["--eval_dataset", ""]),
-    "chain": (30, ["--max_new_tokens", "28", "--warmup_steps", "5"]),
+    "toy": (15, ["--eval_dataset", ""]),
+    "chain": (24, ["--max_new_tokens", "28", "--warmup_steps", "5"]),
 }
 TARGET, LAST = 0.7, 5  # the reward to reach, by a mean of three steps; the steps that "final" is the mean of
 
@@ -348,7 +348,7 @@ def parse_args():
         ("--picture", Path, HERE / "compare.png", "PNG to write (default: tests/compare.png)"),
         ("--seeds", int, 5, "runs at the best rate (default: 5)"),
         ("--sweep_seeds", int, 1, "runs at each rate of the sweep (default: 1); 0: no sweep, with a single rate"),
-        ("--steps", int, None, "steps of each run (default: 20 on the toy, 30 on the chain)"),
+        ("--steps", int, None, "steps of each run (default: 15 on the toy, 24 on the chain)"),
         ("--prompts_per_step", int, 4, "of each run (default: 4)"),
         ("--model_steps", int, 300, "steps of teaching the chain's model (default: 300)"),
     ):

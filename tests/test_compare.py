@@ -6,20 +6,26 @@ from importlib.util import find_spec
 from itertools import product
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT
 
 import compare
 
-RUN = ["--seeds", 1, "--sweep_seeds", 0, "--rates", "1e-4", "--steps", 2, "--prompts_per_step", 2, "--model_steps", 3]
+
+
+def start(folder, *flags):
+    """compare.py with tiny settings, as its command line would; in this process, for time."""
+    settings = "--seeds 1 --sweep_seeds 0 --rates 1e-4 --steps 2 --prompts_per_step 1 --model_steps 2".split()
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [f"--output={folder}", f"--picture={folder}/curves.png"]
+        patch.setattr("sys.argv", ["compare.py", *settings, *paths, *flags])
+        compare.main()
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """A folder in which all five have run two steps of both tasks."""
     folder = tmp_path_factory.mktemp("compare")
-    done = launch(["tests/compare.py", *RUN, "--output", folder, "--picture", folder / "curves.png"])
-    assert done.returncode == 0, done.stderr
-    assert "| chain | `lambda_grpo_prm.py` |" in done.stdout and (folder / "table.md").read_text() in done.stdout
+    start(folder)
     return folder
 
 
@@ -58,19 +64,22 @@ def test_the_curves_are_the_runs(output):
 
 
 def test_steps_to_target_and_intervals():
-    rewards = [0.9, 0.2, 0.6, 0.7, 0.8, 0.9]  # means of three: .567, .5, .7
+    rewards = [0.9, 0.2, 0.6, 0.75, 0.8, 0.9]  # means of three: .567, .517, .717
     assert compare.steps_to_target([{"reward": reward} for reward in rewards]) == 5
     assert compare.steps_to_target([{"reward": 0.69}] * 9) is None
     assert compare.plus_minus([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"  # 4.30 · 1 / √3
     assert list(compare.curve([[{"lam": 1.0}], [{"lam": 3.0}]], "lam"))[0] == (2.0,)
 
 
-def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output):
+def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     before = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")}
-    again = launch(["tests/compare.py", *RUN, "--output", output, "--picture", output / "again.png"])
-    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")} == before
-    other = launch(["tests/compare.py", *RUN, "--steps", 3, "--output", output])
-    assert other.returncode == 2 and other.stderr.startswith("error: --output") and other.stderr.count("\n") == 1
+    start(output)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")} == before and len(before) == 10
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        start(output, "--steps", "3")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: --output") and said.count("\n") == 1
 
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed: only the picture needs it")
