@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    generator, steps = random.Random(args.seed), 12 * args.kills
+    generator, steps = random.Random(args.seed), 8 * args.kills
     with tempfile.TemporaryDirectory() as folder:
         run, whole = Path(folder, "killed"), Path(folder, "whole")
         for kill in range(args.kills):
@@ -36,7 +36,7 @@ def main():
             while not (before or newest(run / "checkpoints")) or len(ranks_of(process)) < 2:
                 assert process.poll() is None, process.communicate()[1][-3000:]
                 time.sleep(0.05)
-            time.sleep(generator.random() * 10)  # in the start, a step, a checkpoint: wherever it is by then
+            time.sleep(generator.random() * 20)  # in the start, a step, a checkpoint: wherever it is by then
             if process.poll() is not None:
                 print(f"{kill + 1}: the run had ended: use more steps or fewer kills")
                 break
