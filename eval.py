@@ -71,6 +71,8 @@ def say(text):
 
 def fail(message, code=2):
     """End the program: one line on rank 0's stderr, exit code 2 for bad input."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # or the message would stand behind it, on its line
     if os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
@@ -249,7 +251,7 @@ def last_boxed(text):
 def stated(text):
     """What the last line says after "answer is", "Answer:" or "####", or None; an unfinished box is no answer."""
     line = text.strip()[-500:].rpartition("\n")[2].replace("**", "")
-    match = re.match(r".*(?:answer is|answer:|####)[\s:]*(\S.*)", line, re.IGNORECASE)
+    match = re.match(r".*(?:answer is|answer:|####)[\s:]*([^\s:].*)", line, re.IGNORECASE)
     return match[1] if match and "\\boxed" not in line else None
 
 
@@ -312,7 +314,7 @@ class Grader:
         workers = workers or max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         limits = [str(deadline), str(memory_gb / workers)]
         self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
-        self.timeouts = self.crashes = 0
+        self.timeouts, self.crashes, self.closed = 0, 0, False
         self.threads = ThreadPoolExecutor(workers)  # each talks to a worker of its own
         self.running = {}  # thread: its worker
 
@@ -321,6 +323,7 @@ class Grader:
 
     def __exit__(self, *_):
         """End the workers, also those at work."""
+        self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self.running.values()):
             if worker.poll() is None:
@@ -366,19 +369,22 @@ class Grader:
 
     def ask(self, question):
         """A worker's reply to (gold, answer): right, wrong, time-out or crash; to (gold, None): can it be read?"""
-        worker = self.running.get(threading.get_ident())
-        if worker is None or worker.poll() is not None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-            worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
-            self.running[threading.get_ident()] = worker
-        try:
-            worker.stdin.write(json.dumps(question).encode() + b"\n")
-            reply = worker.stdout.read(20).decode().strip()
-        except BrokenPipeError:
-            reply = ""
-        if not reply and worker.wait() > 0:
-            raise RuntimeError("the grader's worker did not start: is math-verify installed? It said what stands above")
-        return reply or "crash"
+        for _ in range(2):  # a worker that something else killed is replaced, and the question asked once more
+            worker = self.running.get(threading.get_ident())
+            if worker is None or worker.poll() is not None:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+                worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
+                self.running[threading.get_ident()] = worker
+            try:
+                worker.stdin.write(json.dumps(question).encode() + b"\n")
+                reply = worker.stdout.read(20).decode().strip()
+            except BrokenPipeError:
+                reply = ""
+            if reply or self.closed:
+                return reply
+            if worker.wait() > 0:
+                raise RuntimeError("the grader's worker did not start: is math-verify installed? What it said is above")
+        return "crash"
 
 
 def work(deadline, memory_gb):

@@ -301,7 +301,7 @@ class Policy(torch.nn.Module):
 
     def forward(self, input_ids, starts, mask):
         """input_ids [B, S], completions from starts [B] on, mask [B, T] -> log-probabilities and entropies [B, T]."""
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, S, H]
+        hidden = self.model.base_model(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, S - 1, H]
         rows, steps = mask.nonzero(as_tuple=True)  # [N], [N]: an entry for each completion token
         positions = starts[rows] + steps  # a token is predicted from the position before it
         hidden, targets = hidden[rows, positions - 1], input_ids[rows, positions]  # [N, H], [N]
@@ -380,12 +380,13 @@ def sum_over_ranks(values, device):
 def micro_batches(lengths, budget, device):
     """Cut sequences into micro-batches of rows × longest ≤ budget tokens, or of one longer row: [(rows, 1.0), ...].
 
-    Sorted by length, to pad little. All ranks get the same number, or FSDP would wait for ever: a rank that is short of
-    them repeats its shortest row, with factor 0.0.
+    Sorted by length, and cut where padding would pass a sixteenth of the budget. All ranks get the same number, or FSDP
+    would wait for ever: a rank that is short of them repeats its shortest row, with factor 0.0.
     """
     batches = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > budget:
+        padding = sum(lengths[row] - lengths[other] for other in batches[-1])  # that this row would bring
+        if batches[-1] and ((len(batches[-1]) + 1) * lengths[row] > budget or padding > budget // 16):
             batches.append([])
         batches[-1].append(row)
     count = torch.tensor(len(batches), device=device)
@@ -410,7 +411,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         sums = Counter()  # adds up, over micro-batches
         for k, (rows, factor) in enumerate(plan):
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
-            longest = lengths.flatten()[rows].max()
+            longest = max(len(completions[row].ids) for row in rows)
             counted, weight = mask[rows, :longest] & (factor > 0), weights[rows, :longest] * factor  # [B, T], [B, T]
             logp, entropy = policy(input_ids, starts[rows], mask[rows, :longest])  # [B, T], [B, T]
             old_logp.setdefault(k, logp.detach())
@@ -422,7 +423,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 gap = torch.where(counted, old_logp[k] - sampled.to(device), 0.0)  # [B, T]
                 importance = gap.exp().clamp(max=args.tis_cap)
                 weight = weight * importance
-                sums["tis_mean"] += importance[counted].sum()
+                sums["tis_mean"] += (importance * counted).sum()
                 sums["tis_capped"] += (gap.exp() > args.tis_cap).sum()
                 sums["logp_diff"] += gap.abs().sum()
             advantage = advantages[rows]  # λ: [B]
@@ -430,7 +431,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 logp, old_logp[k], advantage, weight, args.clip_low, args.clip_high, ref_logp.get(k), args.beta,
             )
             (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the objective is a sum
-            sums.update({**stats, "loss": loss.detach(), "entropy": entropy[counted].sum()})
+            sums.update({**stats, "loss": loss.detach(), "entropy": (entropy * counted).sum()})
         sums = sum_over_ranks(sums, device)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(sums["loss"] + norm):
@@ -585,7 +586,7 @@ def main():
     mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
     policy = load_policy(args, mesh, device, data[0]["prompt"])
     reference = load_policy(args, mesh, device, data[0]["prompt"], trainable=False) if args.beta > 0 else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     vllm = args.sampler == "vllm" or args.sampler == "auto" and device.type == "cuda" and find_spec("vllm")
     sampler = (VLLMSampler if vllm else HFSampler)(args, tokenizer, device)
 

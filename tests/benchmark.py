@@ -210,8 +210,11 @@ def alone(device="cpu"):
     return init_device_mesh(device, (1, 1), mesh_dim_names=("replicate", "shard"))
 
 
-def training_step(name, mesh, batch, share=slice(None), device="cpu", **changes):
-    """(function of no arguments that makes a training step of a script, its policy); the weights stay as they are."""
+def training_step(name, mesh, batch, share=slice(None), device="cpu", gradients=None, **changes):
+    """(function of no arguments that makes a training step of a script, its policy); the weights stay as they are.
+
+    gradients: a dict that each step fills with the model's gradients by name, or None.
+    """
     script = importlib.import_module(name)
     group_size = len(batch.completions) // len(batch.prompts)
     options = {**script.TOY, "group_size": group_size, "prompts_per_step": len(batch.prompts), "max_grad_norm": 1e9}
@@ -220,6 +223,10 @@ def training_step(name, mesh, batch, share=slice(None), device="cpu", **changes)
     if hasattr(args, "lam_init"):
         policy.register_buffer("lam", torch.tensor(args.lam_init, device=device))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    if gradients is not None:  # the step itself lets go of them
+        parameters = list(policy.model.named_parameters())
+        keep = lambda *_: gradients.update((key, p.grad.full_tensor().clone()) for key, p in parameters)  # noqa: E731
+        optimizer.register_step_pre_hook(keep)
     rewards = torch.tensor(batch.rewards, device=device).view(-1, group_size)[share]
     completions = [script.Completion(ids, "stop") for ids in batch.completions]
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)][share]
@@ -406,9 +413,9 @@ def part_a(table, options):
 def compare_steps(table, case, name, batch, mesh, budget, trainers, repetitions, folder):
     """Rows of one batch's training step, after loss and gradient have been compared under two losses."""
     for loss in ("grpo", "dr_grpo") if trainers else ():
-        step, policy = training_step("grpo", mesh, batch, loss=loss, max_new_tokens=48, micro_batch_tokens=budget)
-        metrics = step()
-        ours = metrics["loss"], {key: p.grad.full_tensor() for key, p in policy.model.named_parameters()}
+        kept, sizes = {}, {"max_new_tokens": 48, "micro_batch_tokens": budget}
+        step, _ = training_step("grpo", mesh, batch, gradients=kept, loss=loss, **sizes)
+        ours = step()["loss"], kept
         for rows, trainer in trainers.items():
             file = Path(folder, "gradients")
             trainer.ask(batch=case, loss=loss, gradients=str(file))

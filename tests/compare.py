@@ -288,11 +288,11 @@ def draw(args, found):
     from PIL import Image  # comes with matplotlib
 
     looks = dict(zip(METHODS, (
-        dict(color="#000000", linestyle="-", marker="o"),
-        dict(color="#949494", linestyle="--", marker="s"),
-        dict(color="#b2182b", linestyle="-", marker="^"),
-        dict(color="#2b7bba", linestyle="-.", marker="D"),
-        dict(color="#f0a030", linestyle=(0, (1.2, 1)), marker="v"),
+        dict(color="#000000", linestyle="-", marker="o"),  # lightness differs, for greyscale
+        dict(color="#a9a9a9", linestyle="--", marker="s"),
+        dict(color="#a50f2a", linestyle="-", marker="^"),
+        dict(color="#2f7fc1", linestyle="-.", marker="D"),
+        dict(color="#f5bd30", linestyle=(0, (1.2, 0.8)), marker="v"),
     )))
     titles = {"reward": "reward", "length": "length, tokens", "entropy": "entropy, nats a token"}
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False})
@@ -302,9 +302,10 @@ def draw(args, found):
         """Mean and interval of a metric; markers at every fifth step from `first`, so that they do not hide others."""
         centre, half = curve(runs, key)
         steps = range(1, len(centre) + 1)
-        axis.plot(steps, centre, linewidth=2, markersize=6.5, markeredgewidth=1.5, markevery=(first, 5), **look)
+        look = {"markeredgecolor": "black", "linewidth": 2.2, "markersize": 7, **look}
+        axis.plot(steps, centre, markevery=(first, 5), **look)
         low, high = [a - b for a, b in zip(centre, half)], [a + b for a, b in zip(centre, half)]
-        axis.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)  # nothing with a single seed
+        axis.fill_between(steps, low, high, color=look["color"], alpha=0.1, linewidth=0)  # nothing with a single seed
 
     for row, (task, methods) in zip(axes, found.items()):
         for axis, key in zip(row, titles):
@@ -325,9 +326,10 @@ def draw(args, found):
         axis.set_title(title)
         axis.legend(frameon=False, fontsize=10 if len(owners) > 1 else 12)
     axes[-1, 0].axhline(0, color="black", linewidth=0.7)
-    axes[-1, 2].set_yscale("log")
+    axes[-1, 2].set_ylim(bottom=0)
     for axis in axes.flat:
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS),
                   frameon=False, handlelength=3.5)
     with io.BytesIO() as buffer:
@@ -347,14 +349,14 @@ def parse_args():
         ("--output", Path, HERE.parent / "runs" / "compare", "folder of the runs (default: runs/compare)"),
         ("--picture", Path, HERE / "compare.png", "PNG to write (default: tests/compare.png)"),
         ("--seeds", int, 5, "runs at the best rate (default: 5)"),
-        ("--sweep_seeds", int, 1, "runs at each rate of the sweep (default: 1); 0: no sweep, with a single rate"),
+        ("--sweep_seeds", int, 2, "runs at each rate of the sweep (default: 2); 0: no sweep, with a single rate"),
         ("--steps", int, None, "steps of each run (default: 15 on the toy, 24 on the chain)"),
         ("--prompts_per_step", int, 4, "of each run (default: 4)"),
         ("--model_steps", int, 300, "steps of teaching the chain's model (default: 300)"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=text)
-    rates = [3e-5, 1e-4, 3e-4]
-    parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of the sweep (default: 3e-5 1e-4 3e-4)")
+    rates = [1e-4, 3e-4, 1e-3]
+    parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of the sweep (default: 1e-4 3e-4 1e-3)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both")
     parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from --output")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import launch
 
 EXPECTED = {  # what each part's rows must say something of
@@ -63,15 +64,20 @@ def test_agreement_sees_a_wrong_loss_or_gradient():
         benchmark.agreement(ours, (0.5, {"a": ours[1]["a"]}))
 
 
-def test_what_disagrees_is_not_timed(tmp_path):
+@pytest.fixture
+def mesh():
+    yield benchmark.alone()
+    dist.destroy_process_group()
+
+
+def test_what_disagrees_is_not_timed(tmp_path, mesh):
     """A trainer whose gradient is another one ends the comparison before a second is reported."""
-    batch, mesh, table = benchmark.made_up(2, 2, 5), benchmark.alone(), benchmark.Table(quick=True)
-    step, policy = benchmark.training_step("grpo", mesh, batch)
+    batch, kept, table = benchmark.made_up(2, 2, 5), {}, benchmark.Table(quick=True)
+    step, _ = benchmark.training_step("grpo", mesh, batch, gradients=kept)
 
     def ask(gradients, **_):
         loss = step()["loss"]
-        doubled = {name: 2 * parameter.grad.full_tensor() for name, parameter in policy.model.named_parameters()}
-        torch.save((loss, doubled), gradients)
+        torch.save((loss, {name: 2 * gradient for name, gradient in kept.items()}), gradients)
 
     with pytest.raises(RuntimeError, match="gradient by 5.0e-01; not timed"):
         trainers = {4: SimpleNamespace(ask=ask)}

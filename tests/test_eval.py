@@ -210,6 +210,17 @@ def test_dead_worker_is_replaced():
         assert grader.grade(boxed("x+2"), "2+x")
 
 
+def test_question_of_a_killed_worker_is_asked_again():
+    """Killed from outside (by the kernel that is short of memory, say) while it has a question; its fork as well."""
+    with ev.Grader(workers=1) as grader:
+        assert grader.grade(boxed("x+1"), "1+x")
+        (worker,) = grader.running.values()
+        os.killpg(worker.pid, signal.SIGSTOP)  # so that it has the question for as long as we want
+        threading.Timer(0.5, os.killpg, (worker.pid, signal.SIGKILL)).start()
+        assert grader.grade(boxed("x+2"), "2+x")
+        assert grader.crashes == grader.timeouts == 0
+
+
 def test_from_threads(grader):
     verdicts = {}
 

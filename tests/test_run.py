@@ -222,6 +222,7 @@ def run_here(script, arguments, monkeypatch):
     except SystemExit as stop:
         return stop.code
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main's handler would outlive it
         script.dist.destroy_process_group()
 
 
