@@ -1,0 +1,381 @@
+"""README against the code: its commands run, what it names exists, its figures have a command, its own variant works.
+
+Another text, such as a draft, is checked with GRPO_README=path.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, launch, metrics
+from test_algorithm import LENGTHS, REWARDS, batch, ragged
+from torch.distributed.run import get_args_parser
+from transformers import HfArgumentParser
+
+import eval as evaluation
+import grpo
+
+README = Path(os.environ.get("GRPO_README", ROOT / "README.md")).read_text()
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+FENCED = FENCE.findall(README)  # [(language, content)]
+SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", README))]
+SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")] if path.name != "test_docs.py"]
+CODE = "\n".join(path.read_text() for path in SOURCES)
+FILES = "py|txt|md|json|png|sh|toml|ya?ml"  # what names of files end in
+OTHER_FLAGS = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # sbatch's
+OTHER_NAMES = {"diff", "patch", "torchrun", "pip"}  # `names` that are no code of ours
+PYTHON = r"(?:\.venv/bin/)?python3?"  # how README calls it
+
+
+def commands():
+    """Every command of the fenced bash blocks, and of the text where it begins like one. Each once."""
+    lines = [line for language, content in FENCED if language in ("bash", "sh", "console")
+             for line in content.replace("\\\n", " ").splitlines()]
+    lines += [span for span in SPANS if re.match(r"(\S+/)?(python3?|torchrun|pip|pytest|srun|sbatch) ", span)]
+    parts = [part.strip() for line in lines for part in re.split(r" && |; ", line.split(" #")[0].strip())]
+    parts = [re.sub(r"^\.venv/bin/", "", part) for part in parts]
+    return list(dict.fromkeys(part for part in parts if part and not part.startswith("#")))
+
+
+# A reader's clone of the repository, and how the commands are run in it -----------------------------------------------
+
+
+def gmpo_source():
+    """grpo.py with README's diff applied: by content, not by line number."""
+    text = (ROOT / "grpo.py").read_text()
+    (diff,) = [content for language, content in FENCED if language == "diff"]
+    hunks = re.findall(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n((?:[ +-].*\n)+)", diff, re.M)
+    assert hunks, "no hunk in README's diff"
+    changed = 0
+    for old_count, new_count, hunk in hunks:
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        assert (old.count("\n"), new.count("\n")) == (int(old_count), int(new_count)), "the hunk's header miscounts"
+        assert text.count(old) == 1, f"README's diff does not fit grpo.py any more: not found (once):\n{old}"
+        text = text.replace(old, new)
+        changed += sum(line[0] in "+-" for line in lines)
+    assert changed <= 12
+    return text
+
+
+class Clone:
+    """A folder with the scripts, README's gmpo.py, the tests, and each .jsonl that README names."""
+
+    def __init__(self, folder):
+        self.folder, self.runs, self.launched = folder, {}, False  # runs: {script: folder of its last run}
+        for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
+            shutil.copy(path, folder)
+        (folder / "tests").symlink_to(ROOT / "tests")
+        (folder / "gmpo.py").write_text(gmpo_source())
+        rows = evaluation.load_problems("arithmetic", "train")[:4]
+        for name in {"my.jsonl", *re.findall(r"[\w-]+\.jsonl", README)}:
+            lines = [{**row, "completion": f"\\boxed{{{row['answer']}}}"} for row in rows]  # with what --grade reads
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(self, script, words):
+        """`python SCRIPT WORDS` in the clone, but in this process: importing torch again takes most of the time."""
+        before = os.getcwd(), sys.argv, signal.getsignal(signal.SIGTERM)
+        os.chdir(self.folder)
+        sys.argv = [script, *words]
+        try:
+            runpy.run_path(str(self.folder / script), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{script} {' '.join(words)}: ended with {end.code}"
+        finally:
+            os.chdir(before[0])
+            sys.argv = before[1]
+            signal.signal(signal.SIGTERM, before[2])
+
+    def train(self, script, words=(), ranks=None):
+        """A training command of README, cut down to a few tokens on the tiny model."""
+        name = script.removesuffix(".py")
+        words, output = small(words), f"runs/{name}-{len(list(self.folder.glob('runs/*')))}"
+        if "--resume" in words:
+            words[words.index("--resume") + 1] = output = self.run_of(name)
+            words += ["--steps", str(len(metrics(self.folder / output)) + 1)]
+        else:
+            words += ["--output_dir", output, "--steps", "2", "--prompts_per_step", "2", "--group_size", "4",
+                      "--max_new_tokens", "12", "--eval_dataset", "my.jsonl", "--save_every", "0"]
+            words += ["--dataset", "my.jsonl"] * ("--model" in words)  # its default needs the hub
+        if ranks:
+            done = launch([self.folder / script, *words], ranks=ranks, cwd=self.folder)
+            assert done.returncode == 0, done.stderr
+        else:
+            self.run(script, words)
+        self.runs[name] = output
+        assert (self.folder / output / "final" / "config.json").exists()
+
+    def run_of(self, name):
+        """The folder of a run of that script."""
+        if name not in self.runs:
+            self.train(f"{name}.py")
+        return self.runs[name]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    torch.set_default_dtype(torch.float32)
+    return Clone(tmp_path_factory.mktemp("clone"))
+
+
+def small(words):
+    """The words, as --flag value, with what would need a network, a GPU or vLLM replaced."""
+    words = [part for word in words for part in (word.split("=", 1) if re.match(r"--\w+=", word) else [word])]
+    for flag, value in zip(words, words[1:]):
+        for name in value.split(",") if flag in ("--dataset", "--eval_dataset", "--benchmarks") else ():
+            known = name == "arithmetic" or name in evaluation.HUB or re.search(r"\.(jsonl|parquet)$|/", name)
+            assert known, f"no data set is called {name}"
+    replaced = {"--model": str(ROOT / "tests" / "tiny"), "--dataset": "my.jsonl", "--eval_dataset": "my.jsonl",
+                "--benchmarks": "my.jsonl", "--sampler": "hf", "--vllm_tp": "1", "--wandb": ""}
+    return [replaced.get(flag, word) for flag, word in zip(["", *words], words)]
+
+
+def training(clone, words):
+    """Run, on the tiny model with two small steps."""
+    clone.train(Path(words[1]).name, words[2:])
+
+
+def torchrun(clone, words):
+    """torchrun's own parser reads its part. The first such training runs with two ranks, the others with one."""
+    args = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    if args.training_script == "eval.py":
+        return evaluating(clone, ["python", "eval.py", *args.training_script_args])
+    clone.train(args.training_script, args.training_script_args, ranks=None if clone.launched else 2)
+    clone.launched = True
+
+
+def evaluating(clone, words):
+    """Run, on the tiny model, or with --grade without one."""
+    words = small(words[2:])
+    model = [] if {"--model", "--grade"} & set(words) else ["--model", str(ROOT / "tests" / "tiny"), "--limit", "4"]
+    clone.run("eval.py", [*words, *model, "--max_new_tokens", "8"])
+
+
+class Parsed(Exception):
+    """Raised in place of the minutes of measuring."""
+
+
+def measuring(clone, words):
+    """Takes minutes: it is started, and stopped when its own parser has accepted the flags."""
+    def parse_and_stop(parser, *args, **kwargs):
+        parse(parser, *args, **kwargs)
+        raise Parsed
+
+    source, parse = (ROOT / words[1]).read_text(), argparse.ArgumentParser.parse_args
+    compile(source, words[1], "exec")
+    if "parse_args()" in source:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+            clone.run(words[1], words[2:])
+    else:
+        assert not words[2:], f"{words[1]} takes no arguments"
+
+
+def installing(clone, words):
+    """Needs a registry: the files of -r exist, and requirements.txt knows every pin."""
+    for flag, value in zip(words, words[1:]):
+        assert flag != "-r" or (ROOT / value).exists(), value
+    for pin in [word for word in words if "==" in word]:
+        assert pin in (ROOT / "requirements.txt").read_text(), pin
+
+
+def naming(clone, words):
+    """Makes an environment, runs these tests, or copies: that the files exist is what test_files checks."""
+
+
+HOW = [  # how a command is covered: the first pattern that fits says it
+    (PYTHON + r" (gmpo|" + "|".join(SCRIPTS) + r")\.py\b", training),
+    (r"(srun .*)?torchrun ", torchrun),
+    (PYTHON + r" eval\.py\b", evaluating),
+    (PYTHON + r" tests/\w+\.py\b", measuring),
+    (r"(\S+/)?pip install ", installing),
+    (PYTHON + r" -m (venv|pytest) ", naming),
+    (r"(cp|diff|cd|git clone|source) ", naming),
+]
+
+
+def cover(command):
+    """The function of HOW that covers a command, and its words, without variables, assignments and `...`."""
+    words = shlex.split(re.sub(r"\$\(.*?\)|\$\{?\w+\}?", "1", command).removesuffix("..."))
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    for pattern, how in HOW:
+        if re.match(pattern, " ".join(words)):
+            return how, words
+    return pytest.fail(f"README has a command that no pattern of HOW covers: {command}")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, clone):
+    how, words = cover(command)
+    how(clone, words)
+
+
+# What README names ----------------------------------------------------------------------------------------------------
+
+
+def test_files(clone):
+    """Files exist in the repository or in the folder of a run; gmpo.py, X.py and .jsonl files are the reader's."""
+    run = clone.folder / clone.run_of("grpo")
+    text = re.sub(r"https?://\S+", "", README)
+    named = set(re.findall(rf"(?<![\w./-])[\w./-]*\w\.(?:{FILES})(?!\w)", text))
+    named |= {word for span in SPANS for word in span.split() if re.fullmatch(r"[\w.-]+/[\w./-]*", word)}
+    named |= {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("#")} - {""}
+    for name in sorted(named):
+        if re.match(r"\.venv/|[A-Z]\w*/", name) or name in ("X.py", "gmpo.py"):  # an environment, a hub id
+            continue
+        place = re.sub(r"^runs/[^/]+/?", "", name)
+        assert (ROOT / name).exists() or (run / place).exists(), f"README names {name}, which does not exist"
+
+
+def parsers():
+    """Those of the four scripts."""
+    return [HfArgumentParser(importlib.import_module(name).Args) for name in SCRIPTS]
+
+
+def test_flags():
+    actions = [action for parser in [*parsers(), get_args_parser()] for action in parser._actions]
+    known = {flag for action in actions for flag in action.option_strings}
+    for path in [path for path in SOURCES if not path.name.startswith("test_")]:
+        known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
+    known |= {"--help"} | OTHER_FLAGS
+    for flag in sorted(set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README))):
+        assert flag in known, f"README names {flag}, which no script has"
+    for flag, value in re.findall(r"`(--\w+)[ =](\w+)`", README):
+        choices = {choice for action in actions if flag in action.option_strings for choice in action.choices or ()}
+        assert not choices or value in choices, f"README names {flag} {value}: {value} is not among {sorted(choices)}"
+
+
+def test_metrics(clone):
+    """The table of the metrics and the rows that the four scripts write name the same keys."""
+    written = {key for name in SCRIPTS for row in metrics(clone.folder / clone.run_of(name), timed=True) for key in row}
+    (section,) = re.findall(r"^## Metrics\n(.*?)(?=^## |\Z)", README, re.M | re.S)
+    named = []
+    for cell in re.findall(r"^\| (.*?) \|", section, re.M):
+        for key in re.findall(r"`(\w+)`", cell):  # `seconds_sampling`, `_grading`: the first part is not repeated
+            named.append(named[-1].rsplit("_", 1)[0] + key if key.startswith("_") else key)
+    assert sorted(set(named) - written) == [], "README explains metrics that no script writes"
+    assert sorted(written - set(named)) == [], "README does not explain metrics that a script writes"
+
+
+def test_names():
+    """Names in `code` stand in the code: functions, fields, metrics, data sets, values. Calls have its parameters."""
+    for span in SPANS:
+        if re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)?", span) and not re.search(rf"\.({FILES}|jsonl|parquet)$", span):
+            for name in span.split("."):
+                assert re.search(rf"\b{name}\b", CODE) or name in OTHER_NAMES, f"README names `{span}`: not in the code"
+        elif call := re.fullmatch(r"(\w+)\(([\w, ]*)\)", span):
+            known = f"def {span}:" in CODE or not call[2] and f"{call[1]}(" in CODE
+            assert known, f"README names `{span}`: not in the code"
+
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def figures():
+    """What stands under a heading "Measured" or "Results", item by item: a table belongs to the text before it."""
+    items = []
+    for section in re.findall(r"^##+ [^\n]*(?:Measured|Results)[^\n]*\n(.*?)(?=^## |\Z)", README, re.M | re.S | re.I):
+        texts = re.split(r"\n(?=- )|\n\n(?=[^ |!\n])", section)  # lists and paragraphs; tables and pictures go along
+        introduction, *others = [text.strip() for text in texts if text.strip()]
+        items += [introduction] * ("|--" in introduction or introduction.startswith("- ")) + others
+    return items
+
+
+@pytest.mark.parametrize("text", figures(), ids=lambda text: " ".join(text.split()[:5]))
+def test_figures_have_a_command(text):
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    assert not re.search(r"\d", text) or any(re.match(PYTHON + " |torchrun |pytest |diff ", span) for span in spans), \
+        f"under Measured, without the command it comes from: {text[:200]}"
+
+
+def test_there_are_figures_and_commands():
+    """The tests above would be silent if README's form changed so that nothing is found."""
+    assert len(figures()) >= 5 and len(commands()) >= 8 and len(SPANS) >= 50
+
+
+# "Write your own variant" ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gmpo(clone):
+    spec = importlib.util.spec_from_file_location("gmpo", clone.folder / "gmpo.py")
+    module = sys.modules["gmpo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_default_dtype(torch.float64)
+    yield module
+    torch.set_default_dtype(torch.float32)
+
+
+def equation_4(logp, old, advantages, low, high):
+    """GMPO's J, arXiv 2507.20673 eq. 4: product of tokens, root, sign. logp, old: [P][G][|o|] nested lists."""
+    total = 0
+    for group, group_old, group_advantages in zip(logp, old, advantages):
+        for completion, completion_old, advantage in zip(group, group_old, group_advantages.tolist()):
+            product = 1.0
+            for new, before in zip(completion, completion_old):
+                ratio = torch.exp(new - before)
+                product = product * torch.min(ratio * advantage, torch.clamp(ratio, low, high) * advantage).abs()
+            if advantage != 0:  # sgn(0) = 0
+                total = total + product ** (1 / len(completion)) * (1 if advantage > 0 else -1) / len(group)
+    return total / len(logp)
+
+
+@pytest.mark.parametrize("clip_low, clip_high", [(0.2, 0.2), (1 - math.exp(-0.4), math.exp(0.4) - 1)])
+def test_gmpo_is_the_papers(gmpo, clip_low, clip_high):
+    new, old, _, mask = batch(LENGTHS, seed=0, drift=0.5)
+    advantages = gmpo.group_advantages(torch.tensor(REWARDS))
+    assert advantages.max() > 0 > advantages.min()
+    leaves = ragged(new, LENGTHS, grad=True)
+    expected = -equation_4(leaves, ragged(old, LENGTHS), advantages, 1 - clip_low, 1 + clip_high)
+    expected.backward()
+
+    garbage = torch.where(mask, 0.0, float("nan"))
+    logp = (new + garbage).flatten(0, 1).requires_grad_()
+    weights = gmpo.token_weights(mask).flatten(0, 1)
+    loss, stats = gmpo.policy_loss(
+        logp, (old + garbage).flatten(0, 1), advantages.flatten(), weights, clip_low, clip_high)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    for gradient, completion in zip(logp.grad, [completion for group in leaves for completion in group]):
+        grads = torch.stack([torch.zeros(()) if leaf.grad is None else leaf.grad for leaf in completion])
+        torch.testing.assert_close(gradient[: len(completion)], grads, rtol=1e-9, atol=1e-14)
+        assert gradient[len(completion) :].eq(0).all()
+    assert 0.05 < stats["clip_fraction"] / stats["tokens"] < 0.5
+
+    other, _ = grpo.policy_loss(logp.detach(), (old + garbage).flatten(0, 1), advantages.flatten(), weights)
+    assert abs(other.item() - loss.item()) > 1e-3  # it is not GRPO
+
+
+def test_gmpo_is_grpo_when_on_policy(gmpo):
+    new, _, _, mask = batch(LENGTHS, seed=1)
+    advantages, weights = gmpo.group_advantages(torch.tensor(REWARDS)).flatten(), gmpo.token_weights(mask).flatten(0, 1)
+    gradients = []
+    for script in (gmpo, grpo):
+        logp = new.flatten(0, 1).requires_grad_()
+        script.policy_loss(logp, logp.detach(), advantages, weights)[0].backward()
+        gradients.append(logp.grad.clone())
+        new = new.detach()
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+def test_gmpo_of_rows_without_weight(gmpo):
+    """A rank that is short of micro-batches repeats a row with weights 0: it must add nothing."""
+    logp = torch.randn(2, 5).requires_grad_()
+    loss, _ = gmpo.policy_loss(logp, torch.randn(2, 5), torch.tensor([1.0, -1.0]), torch.zeros(2, 5))
+    loss.backward()
+    assert loss == 0 and logp.grad.eq(0).all()
