@@ -2,10 +2,12 @@
 
     python tests/grader_speed.py ../shared/bench/math500.jsonl
 
-Every gold is answered eight times: by itself, by other spellings of it and by other golds. Prints the median of the ratios
-of neighbouring runs, with and without the answers that need no worker, and the time that all completions take.
+Every gold is answered eight times: by itself, by other spellings of it and by other golds. Prints the time that all of
+them take, and the median (least and most) of the ratios of neighbouring runs over a quarter of them, with and without
+the answers that need no worker.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -33,7 +35,10 @@ def rate(workers, pairs):
 
 
 def main():
-    pairs = completions(ev.load_problems(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = ev.fail
+    parser.add_argument("problems", help="a .jsonl or .parquet file, or a data set by name, as of eval.py")
+    pairs = completions(ev.load_problems(parser.parse_args().problems))
     with ev.Grader() as grader:
         start = time.perf_counter()
         verdicts = grader.judge_all(pairs)
