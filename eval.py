@@ -584,8 +584,8 @@ def report(results, args):
     say(f"{'model':<{width}}  {'benchmark':<{width}}  {head}")
     for (model, benchmark), result in results.items():
         passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
-        row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
-               "{grader_timeouts:>9}  ").format(**result)
+        row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
+               "{no_box:>6.3f}  {grader_timeouts:>9}  ").format(**result)
         say(f"{model:<{width}}  {benchmark:<{width}}  {row}{passes}")
         summary.append({"model": model, "benchmark": benchmark, **result})
         del summary[-1]["means"], summary[-1]["records"]

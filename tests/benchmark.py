@@ -541,7 +541,8 @@ def memory_rows(table, part, what, make, ways, arguments, repetitions, device, b
             return pool.submit(with_peak, make, (way, *arguments), device).result()
 
     try:
-        results = interleaved({way: lambda way=way: run(way) for way in ways}, repetitions, f"{part}: {what}", warm_up=0)
+        measured = {way: lambda way=way: run(way) for way in ways}
+        results = interleaved(measured, repetitions, f"{part}: {what}", warm_up=0)
     except BrokenProcessPool:
         fail(f"part {part}: the process was killed, for want of memory?", 1)
     values = [value for way in ways for value, _, _ in results[way]]

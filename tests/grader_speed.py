@@ -45,10 +45,8 @@ def main():
         seconds = time.perf_counter() - start
         print(f"{len(pairs)} completions in {seconds:.1f} s, {grader.timeouts} time-outs, "
               f"{sum(verdict['why'] == 'text' for verdict in verdicts)} decided without a worker", flush=True)
-    for what, chosen in (
-        ("all", pairs[::4]),
-        ("those for a worker", [pair for pair, verdict in zip(pairs, verdicts) if verdict["why"] == "math-verify"][::4]),
-    ):
+    asked = [pair for pair, verdict in zip(pairs, verdicts) if verdict["why"] == "math-verify"]
+    for what, chosen in (("all", pairs[::4]), ("those for a worker", asked[::4])):
         rates = [(rate(1, chosen), rate(2, chosen)) for _ in range(11)]
         one, two = (statistics.median(column) for column in zip(*rates))
         ratios = sorted(pair[1] / pair[0] for pair in rates)
