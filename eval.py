@@ -112,7 +112,8 @@ def usable(rows, name, wanted=PROBLEMS | ANSWERS):
     columns = {key: next((found[column] for column in names if column in found), None) for key, names in wanted.items()}
     if None in columns.values():
         has = f"has the columns {', '.join(found.values())}" if found else "is empty"
-        fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in wanted.values()))
+        missing = [names for key, names in wanted.items() if columns[key] is None]
+        fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in missing))
     texts = [{key: read_cell(row.get(column)) for key, column in columns.items()} for row in rows]
     for row in texts:
         if "####" in row["answer"]:  # GSM8K's "so she has 18 #### 18"
@@ -154,7 +155,7 @@ def read_file(path):
                 if line.strip():
                     rows.append(dict(json.loads(line)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(f"cannot read {path}{place}: {error}")
+        fail(f"cannot read {path}{place}: {error}; it must be .parquet, or have a JSON object in each line (.jsonl)")
     return rows
 
 
@@ -191,6 +192,8 @@ def use_cache_without_network():
 
 def load_tokenizer(name):
     """The tokenizer of a model's folder or hub id; what is no model ends the program with one line, at once."""
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        fail(f"there is no folder {name}, and it is no hub id owner/name")
     if not os.path.isdir(name):
         use_cache_without_network()
     elif not any(file.endswith(".safetensors") for file in os.listdir(name)):

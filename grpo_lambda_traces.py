@@ -584,8 +584,7 @@ def parse_args():
         (args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt"),
         (local % args.vllm_tp == 0, f"--vllm_tp must divide the {local} ranks of a node"),
         (0 < args.gpu_memory_utilization < 1, "--gpu_memory_utilization must be between 0 and 1"),
-        (args.resume or not Path(args.output_dir, "args.json").exists(),
-         f"--output_dir {args.output_dir} holds a run: choose another, or --resume it"),
+        (args.resume or not done, f"--output_dir {args.output_dir} holds a run: choose another, or --resume it"),
         (not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}"),
         (args.max_grad_norm > 0, "--max_grad_norm must be above 0"),
         (args.timeout_minutes > 0, "--timeout_minutes must be above 0"),
@@ -743,7 +742,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; --resume goes on from the last checkpoint", 130)
+        fail("interrupted: --resume goes on from the last checkpoint (see --save_every)", 130)
     except torch.OutOfMemoryError as error:
         rank = os.environ.get("RANK", 0)
         sys.exit(f"error: rank {rank}: {error} Lower --micro_batch_tokens (training), --gpu_memory_utilization (vLLM)")

@@ -10,10 +10,11 @@ chain  the problem "48216?" names five doors, and the largest is the right one. 
        the others it is long (14 to 20). So one early token decides, what follows is noise, and short answers are right.
 
 Both with only 4 prompts × 8 completions a step, so that noise plays its part; all else are the scripts' defaults.
-Beside the four scripts runs grpo.py --loss dapo, because that is what both λ-GRPO are without their λ. Each of the five
-has the same tuning: a sweep over --rates with seeds of its own (100, 101, ..), in which the rate with the highest mean
-reward over all steps and seeds wins, and then seeds 0, 1, .. at that rate, which alone are in table and picture. Each
-run's metrics.jsonl is kept in --output; finished runs are not repeated. The picture needs: pip install matplotlib
+Beside the four scripts run grpo.py --loss dapo, because that is what both λ-GRPO are without their λ, and the traces
+without their clamp of negative advantages, to tell the two changes apart. Each of the six has the same tuning: a sweep
+over --rates with seeds of its own (100, 101, ..), in which the rate with the highest mean reward over all steps and
+seeds wins, and then seeds 0, 1, .. at that rate, which alone are in table and picture. Each run's metrics.jsonl is kept
+in --output; finished runs are not repeated. The picture needs: pip install matplotlib
 """
 
 import argparse
@@ -24,6 +25,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import statistics
 import sys
@@ -44,6 +46,7 @@ METHODS = {  # label: (script, flags of its own)
     "grpo.py": ("grpo", []),
     "grpo.py --loss dapo": ("grpo", ["--loss", "dapo"]),
     "grpo_lambda_traces.py": ("grpo_lambda_traces", []),
+    "grpo_lambda_traces.py --min_advantage=-inf": ("grpo_lambda_traces", ["--min_advantage=-inf"]),
     "lambda_grpo_learnable.py": ("lambda_grpo_learnable", []),
     "lambda_grpo_prm.py": ("lambda_grpo_prm", []),
 }
@@ -106,7 +109,7 @@ def make_chain(folder, steps, batch_size=32, lr=1e-3):
 
 
 def folder_of(output, task, method, rate, seed):
-    return output / task / method.replace(".py --loss ", "-").removesuffix(".py") / f"lr{rate:g}-seed{seed}"
+    return output / task / re.sub(r"\.py( --\w+[ =]-?)?", "-", method).rstrip("-") / f"lr{rate:g}-seed{seed}"
 
 
 def read(folder):
@@ -291,6 +294,7 @@ def draw(args, found):
         dict(color="#000000", linestyle="-", marker="o"),  # lightness differs, for greyscale
         dict(color="#a9a9a9", linestyle="--", marker="s"),
         dict(color="#a50f2a", linestyle="-", marker="^"),
+        dict(color="#e08a9b", linestyle=(0, (4, 1)), marker="P"),
         dict(color="#2f7fc1", linestyle="-.", marker="D"),
         dict(color="#f5bd30", linestyle=(0, (1.2, 0.8)), marker="v"),
     )))
@@ -330,7 +334,7 @@ def draw(args, found):
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS),
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
                   frameon=False, handlelength=3.5)
     with io.BytesIO() as buffer:
         figure.savefig(buffer, dpi=80)

@@ -11,7 +11,6 @@ from conftest import ROOT
 import compare
 
 
-
 def start(folder, *flags):
     """compare.py with tiny settings, as its command line would; in this process, for time."""
     settings = "--seeds 1 --sweep_seeds 0 --rates 1e-4 --steps 2 --prompts_per_step 1 --model_steps 2".split()
@@ -23,7 +22,7 @@ def start(folder, *flags):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """A folder in which all five have run two steps of both tasks."""
+    """A folder in which all six have run two steps of both tasks."""
     folder = tmp_path_factory.mktemp("compare")
     start(folder)
     return folder
@@ -31,7 +30,8 @@ def output(tmp_path_factory):
 
 def rows_of(output, task, method):
     """The metrics of a run, read without compare.py."""
-    (path,) = output.glob(f"{task}/{method.replace('.py', '').replace(' --loss ', '-')}/*/metrics.jsonl")
+    folders = {"grpo.py --loss dapo": "grpo-dapo", "grpo_lambda_traces.py --min_advantage=-inf": "grpo_lambda_traces-inf"}
+    (path,) = output.glob(f"{task}/{folders.get(method, method[:-3])}/*/metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -74,7 +74,7 @@ def test_steps_to_target_and_intervals():
 def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     before = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")}
     start(output)
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")} == before and len(before) == 10
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")} == before and len(before) == 12
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         start(output, "--steps", "3")

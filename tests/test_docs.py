@@ -203,7 +203,7 @@ HOW = [  # how a command is covered: the first pattern that fits says it
     (PYTHON + r" tests/\w+\.py\b", measuring),
     (r"(\S+/)?pip install ", installing),
     (PYTHON + r" -m (venv|pytest) ", naming),
-    (r"(cp|diff|cd|git clone|source) ", naming),
+    (r"(cp|diff|patch|cd|git clone|source) ", naming),
 ]
 
 

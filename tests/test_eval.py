@@ -676,10 +676,11 @@ def test_help_and_bad_input(tmp_path):
         (("--model", TINY, "--out", tmp_path / "text.jsonl"), "is a file"),
         ((), "--model"),
         (("--model", TINY, "--grade", tmp_path / "text.jsonl"), "--grade"),
-        (("--grade", tmp_path / "text.jsonl"), "has the columns text, label: it needs one of completion and"),
+        (("--grade", tmp_path / "text.jsonl"), "has the columns text, label: it needs one of completion"),
         (("--grade", tmp_path / "empty.jsonl"), "is empty"),
         (("--model", ROOT / "tests"), "is no model folder"),
-        (("--model", tmp_path / "nowhere" / "at" / "all"), "cannot load"),
+        (("--model", tmp_path / "nowhere" / "at" / "all"), "there is no folder"),
+        (("--model", "nobody/nothing"), "cannot load"),
         (("--model", tmp_path / "model.safetensors"), "is no model folder"),
         (("--model", tmp_path / "tokenizer"), "no tokenizer"),
     ]  # fmt: skip

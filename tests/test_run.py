@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them: what is learnt and logged, bad input, kills, interruptions."""
 
+import importlib
 import json
 import math
 import os
@@ -255,6 +256,17 @@ def test_interrupted(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors and errors.replace("\r", "\n").splitlines()[-1].startswith("error: interrupted")
+
+
+def test_folder_without_checkpoint_is_used_again(tmp_path, monkeypatch):
+    """A run that was interrupted before its first checkpoint left nothing to go on from: its command starts it anew."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_1.part").mkdir(parents=True)
+    (run / "args.json").write_text("{}")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    grpo = importlib.import_module("grpo")
+    assert run_here(grpo, quick("grpo", run, 2), monkeypatch) == 0
+    assert [row["step"] for row in metrics(run)] == [1, 2] and all("reward" in row for row in metrics(run))
 
 
 def test_no_group_tells_anything(tmp_path):
