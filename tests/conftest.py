@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ SCRIPTS = [name for name in ("grpo", "grpo_lambda_traces", "lambda_grpo_learnabl
 UNTIMED = ("seconds_", "tokens_per_second", "memory_gb")  # what differs between two runs of the same thing
 
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would its children
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: bit for bit the same here and in the runs launched below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

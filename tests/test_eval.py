@@ -158,6 +158,11 @@ HOSTILE = [
     "exit()", "quit()", "os._exit(0)", "while True: pass", "Symbol('x')", "N(pi, 10**9)", "factorial(10**8)", "True", "None",
     "nan", "\\text{nan}", "1e999999999", "1e9999", "10^{-999999999}", "\\begin{pmatrix} " + "1 & " * 90 + "1 \\end{pmatrix}",
     "\\det " + "x_{1}" * 70, "5 \\neq 5", "1 = 1", "x = x", "x", "\\gold", "\\boxed", "?", "\\", "5 \\mod 10^{10^{10}}",
+    "\\sum_{k=1}^{\\infty} \\frac{1}{k^{k^{k}}}", "\\int_0^{\\infty} \\frac{\\sin(x^{9})}{x^{x}} dx", "\\frac{d^{99}}{dx^{99}} \\tan(\\tan(x))",
+    "\\prod_{p=1}^{10^{6}} (x - p)", "(x-1)" * 80, "(x^2-1)(x^3-1)(x^5-1)" * 20, "\\cos(1)^{\\cos(1)^{\\cos(10^{99})}}", "7^{7^{7}} \\bmod 10",
+    "|".join("x" * 50), "\\left(" * 90 + "4" + "\\right)" * 90, "\\sqrt{5 + " * 35 + "x" + "}" * 35, "\\log(" * 60 + "5" + ")" * 60,
+    "x^{" * 60 + "5" + "}" * 60, "\\{5, " * 50, "5," * 190, "[0, 5) \\cup " * 30 + "(5, 6)", "\\tan(10^{10^{5}})", "\\arcsin(10^{10^{10}})",
+    "1.5e3e3e3", "0." + "3" * 390, "\\frac{10^{400}}{10^{399}} - 6 + 10^{-400}", "\\text{" * 80 + "4" + "}" * 80, "\\infty - \\infty",
     "F_{10^{9}}", "\\Gamma(10^{10})", "\\zeta(-10^{9})", "\\log_{2}(\\log_{2}(10^{10^{10}}))", "\\pi^{\\pi^{\\pi^{\\pi}}}",
 ]  # fmt: skip
 
@@ -168,7 +173,7 @@ def test_hostile_answers():
     good = [(boxed(f"{n} + x"), f"x + {n}") for n in range(50)]  # each needs a worker
     hostile = [(boxed(answer), gold) for answer in HOSTILE]
     mixed = [pair for pairs in itertools.zip_longest(hostile, good) for pair in pairs if pair]
-    assert len(hostile) >= 80
+    assert len(hostile) >= 100
     with ev.Grader(workers=2, deadline=deadline) as grader:
         start = time.perf_counter()
         verdicts = grader.grade_all(mixed)
@@ -322,6 +327,17 @@ def test_changed_digit_is_wrong(name, grader):
     accepted = [pair for pair, verdict in zip(pairs, grader.grade_all(pairs)) if verdict]
     print(name, len(pairs), "changed,", len(accepted), "accepted", accepted, grader.timeouts - timeouts, "timeouts")
     assert len(accepted) <= max(1, len(pairs) / 1000)
+
+
+@pytest.mark.parametrize("name", BENCH_FILES)
+def test_next_rows_gold_is_wrong(name, grader):
+    """Unless it is the same one: 5 and x=5."""
+    golds = [problem["answer"] for problem in ev.load_problems(str(bench(name)))]
+    pairs = list(zip(golds, golds[1:]))[:: 3 if name in ("minerva", "olympiadbench") else 1]  # these take long
+    verdicts = grader.grade_all([(boxed(following), gold) for gold, following in pairs])
+    same = [gold.rpartition("=")[2].split() == following.rpartition("=")[2].split() for gold, following in pairs]
+    assert [pair for pair, verdict, equal in zip(pairs, verdicts, same) if verdict and not equal] == []
+    assert all(verdict for (gold, following), verdict in zip(pairs, verdicts) if gold == following)
 
 
 def test_gsm8k_train_loads_fast():
