@@ -692,7 +692,7 @@ def test_help_and_bad_input(tmp_path):
         (("--model", TINY, "--out", tmp_path / "text.jsonl"), "is a file"),
         ((), "--model"),
         (("--model", TINY, "--grade", tmp_path / "text.jsonl"), "--grade"),
-        (("--grade", tmp_path / "text.jsonl"), "has the columns text, label: it needs one of completion"),
+        (("--grade", tmp_path / "text.jsonl"), "has the columns text, label: it needs one of completion\n"),
         (("--grade", tmp_path / "empty.jsonl"), "is empty"),
         (("--model", ROOT / "tests"), "is no model folder"),
         (("--model", tmp_path / "nowhere" / "at" / "all"), "there is no folder"),

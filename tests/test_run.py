@@ -239,7 +239,7 @@ def test_nan_stops_before_the_update(script, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(script, "policy_loss", broken)
     assert run_here(script, quick(script.SCRIPT, run, 4), monkeypatch) == 1
-    assert "error: stopped before the update: loss nan" in capsys.readouterr().err
+    assert "\nerror: stopped before the update: loss nan" in capsys.readouterr().err  # below the bar, not behind it
     assert [row["step"] for row in metrics(run)] == [1, 2] and newest(run / "checkpoints") == 2
     monkeypatch.setattr(script, "policy_loss", honest)
     assert run_here(script, [f"{script.SCRIPT}.py", "--resume", run], monkeypatch) == 0

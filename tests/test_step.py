@@ -68,6 +68,18 @@ def alone():
     dist.destroy_process_group()
 
 
+def test_micro_batches(script, alone):
+    """Every row once, at most the budget, at most a sixteenth of it padding; only a row that is longer stands alone."""
+    lengths = torch.randint(1, 200, (300,), generator=torch.Generator().manual_seed(0)).tolist() + [700, 5]
+    batches = script.micro_batches(lengths, 640, "cpu")
+    assert sorted(row for rows, _ in batches for row in rows) == list(range(len(lengths)))
+    assert all(factor == 1 for _, factor in batches)
+    for rows, _ in batches:
+        tokens = [lengths[row] for row in rows]
+        assert len(rows) == 1 or len(rows) * max(tokens) <= 640 and len(rows) * max(tokens) - sum(tokens) <= 40
+    assert script.micro_batches([9] * 10, 90, "cpu") == [(list(range(10)), 1.0)]  # what fits is not cut
+
+
 def test_step_is_the_objective(alone):
     """The first update's gradient norm, from the whole objective in float64 and full logits. The EOS token is trained."""
     import grpo
