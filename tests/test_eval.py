@@ -183,7 +183,7 @@ def test_hostile_answers():
         wrong = [pair for pair, verdict in zip(mixed, verdicts) if verdict != (pair in good)]
         assert [(completion[:80], gold) for completion, gold in wrong] == []
         assert killed >= 3
-        assert seconds < 10 * killed * deadline + 60  # ten times what it takes on an idle machine: a hang is for ever
+        assert seconds < 5 * killed * deadline + 60  # two workers: ten times what it takes on an idle machine: a hang is for ever
         assert all(grader.grade_all(good))
         assert grader.timeouts + grader.crashes == killed
         assert len(grader.running) == 2
