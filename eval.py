@@ -1,4 +1,4 @@
-"""Problems, prompts, grading and evaluation: the one file that the four training scripts share.
+"""Problems, prompts, grading, evaluation, and the files of a run: what the four training scripts share.
 
     python eval.py --model tests/tiny                                      the tiny model on generated sums
     python eval.py --model A,B --benchmarks math500,mine.jsonl --n 8       two models, and their difference
@@ -29,16 +29,21 @@ import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import threading
+import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from fractions import Fraction
-from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from tqdm import tqdm  # whatever is heavier is imported where it is used: the grader's workers start from this file
@@ -56,6 +61,7 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "minerva": ("math-ai/minervamath", None, "test", "test"),
     "olympiadbench": ("math-ai/olympiadbench", None, "test", "test"),
 }
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 PROBLEMS = {"problem": ("problem", "question", "prompt", "query", "instruction", "input")}  # the first that is there
 ANSWERS = {"answer": ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")}
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -64,7 +70,7 @@ PLAIN_PROMPT = "Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
 
 def say(text):
     """Print on rank 0, without tearing a progress bar."""
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         tqdm.write(str(text), file=sys.stdout)
         sys.stdout.flush()
 
@@ -73,9 +79,15 @@ def fail(message, code=2):
     """End the program: one line on rank 0's stderr, exit code 2 for bad input."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # or the message would stand behind it, on its line
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def check(holds, message):
+    """Unless it holds, end the program with the message, as fail does."""
+    if not holds:
+        fail(message)
 
 
 # ---- Problems ----
@@ -224,6 +236,17 @@ def encode_prompt(tokenizer, problem):
         return tokenizer.apply_chat_template(turns, **options)
     except TemplateError:  # a template without system role (Gemma): the user says it
         return tokenizer.apply_chat_template([{"role": "user", "content": f"{SYSTEM}\n\n{problem}"}], **options)
+
+
+def load_prompts(name, tokenizer, most):
+    """Problems to train on, each with its token ids as "prompt", and how many were skipped: those of over `most`."""
+    problems = load_problems(name, "train")
+    for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
+        row["prompt"] = encode_prompt(tokenizer, row["problem"])
+    kept = [row for row in problems if 0 < len(row["prompt"]) <= most]
+    check(kept, f"--dataset {name}: all prompts are longer than --max_prompt_tokens {most}")
+    say(f"{name}: {len(kept)} prompts, {len(problems) - len(kept)} skipped")
+    return kept, len(problems) - len(kept)
 
 
 # ---- Grading ----
@@ -397,7 +420,6 @@ def work(deadline, memory_gb):
     nobody handles, and the next fork is there at once, where importing sympy again would take a second.
     """
     import logging
-    import resource
 
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -439,7 +461,7 @@ def finished(path, problems, n, size):
     The file of an interrupted run is cut back to whole batches of `size` problems, each with n completions.
     """
     order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["problem"]))
-    order = order[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    order = order[RANK::WORLD]
     mine, lines = [{"index": i, **problems[i]} for i in order], []
     if path and os.path.exists(path):
         with open(path, "rb") as file:
@@ -461,20 +483,19 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
     with `ids` (stop token kept) and `finish` ("stop" or "length"). A batch has batch_size completions; a finished one
     is written to the file `out`, and is not done again if it stands there already.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    most, size = -(-len(problems) // world), max(1, batch_size // n)
+    most, size = -(-len(problems) // WORLD), max(1, batch_size // n)
     mine, records = finished(out, problems, n, size)
     done = len(records) // n
     with (
         open(out or os.devnull, "a") as file,
-        tqdm(total=len(mine), initial=done, desc="evaluating", unit="problem", disable=rank > 0) as bar,
+        tqdm(total=len(mine), initial=done, desc="evaluating", unit="problem", disable=RANK > 0 or None) as bar,
     ):
         for start in range(0, most, size):
             batch = mine[max(start, done) : start + size]
-            if not batch and world == 1:
-                continue  # of several ranks each takes part in every batch: they may share an engine
+            if not batch:
+                continue
             prompts = [encode_prompt(tokenizer, row["problem"]) for row in batch]
-            completions = sampler(prompts, n, (seed * world + rank) * most + start, temperature)
+            completions = sampler(prompts, n, (seed * WORLD + RANK) * most + start, temperature)
             texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             rows = [dict(row) for row in batch for _ in range(n)]
             verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
@@ -485,8 +506,8 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
             records += rows
             bar.set_postfix(accuracy=f"{sum(row['correct'] for row in records) / len(records):.3f}", refresh=False)
             bar.update(len(batch))
-    shares = [records] * world
-    if world > 1:
+    shares = [records] * WORLD
+    if WORLD > 1:
         import torch
 
         torch.distributed.all_gather_object(shares, records)
@@ -532,6 +553,214 @@ def difference(first, second):
     return deltas.mean().item(), *numpy.percentile(deltas[draws].mean(1), [2.5, 97.5]).tolist()
 
 
+# ---- Ranks, samplers ----
+
+Completion = namedtuple("Completion", "ids finish")  # token ids with the stop token; "stop" or "length"
+
+
+def join_ranks(timeout_minutes):
+    """Join torchrun's process group, or without torchrun make one of this process alone. Returns this rank's device."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+    return device
+
+
+def sum_over_ranks(values, device):
+    """{name: number} -> {name: sum over all ranks}."""
+    import torch
+
+    totals = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(totals)
+    return dict(zip(values, totals.tolist()))
+
+
+def stop_tokens(model, tokenizer):
+    """The ids that end a completion: the model's own and the tokenizer's. [-1], which never comes, if there are none."""
+    stops = model.generation_config.eos_token_id
+    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
+    return sorted({stop for stop in stops if stop is not None}) or [-1]
+
+
+def start_vllm(model, args, dtype, longest, **options):
+    """vLLM's engine for sequences of `longest` tokens at most, in this process. args: flags that all scripts have."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where new weights can reach it
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import torch
+    import vllm
+    from transformers import AutoConfig
+
+    context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", longest)
+    try:
+        return vllm.LLM(
+            model, dtype=dtype, seed=args.seed, max_model_len=min(context, longest),
+            distributed_executor_backend="external_launcher" if WORLD > 1 else None,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            enforce_eager=args.enforce_eager or not torch.cuda.is_available(), **options,
+        )
+    except (ValueError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        fail(f"vLLM does not fit: {error} Here: --gpu_memory_utilization {args.gpu_memory_utilization}; shorter prompts and "
+             "a shorter --max_new_tokens need less", 1)
+
+
+def vllm_sampler(args, tokenizer, device, longest):
+    """A sampler for evaluate: vLLM's generate. Completion k of prompt i has the seed (seed + i)·n + k."""
+    import torch
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    engine = start_vllm(args.model, args, dtype, longest, tensor_parallel_size=args.vllm_tp)
+
+    def sample(prompt_ids, n, seed, temperature):
+        from vllm import SamplingParams
+
+        how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
+        params = [SamplingParams(seed=(seed + i) * n, detokenize=False, **how) for i in range(len(prompt_ids))]
+        requests = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
+        return [Completion(list(output.token_ids), output.finish_reason) for row in requests for output in row.outputs]
+
+    return sample
+
+
+def hf_sampler(args, tokenizer, device, longest):
+    """A sampler for evaluate: transformers' generate, without the model's own settings for it (top-k, penalties)."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
+    stops = stop_tokens(model, tokenizer)
+    model.generation_config = GenerationConfig()
+
+    def sample(prompt_ids, n, seed, temperature):
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": args.top_p} if temperature > 0 else {}
+        how |= {"max_new_tokens": args.max_new_tokens, "eos_token_id": stops, "pad_token_id": max(0, stops[0])}
+        rows, completions = [ids for ids in prompt_ids for _ in range(n)], []
+        torch.manual_seed(seed)
+        for batch in (rows[i : i + 256] for i in range(0, len(rows), 256)):  # bounds the memory of the key-value cache
+            width = max(map(len, batch))  # padded on the left: all prompts end at one place
+            input_ids = torch.tensor([[-1] * (width - len(ids)) + ids for ids in batch], device=device)  # [B, S]
+            inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}
+            output = model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
+            for ids in output[:, width:].tolist():
+                stop = next((t for t, token in enumerate(ids) if token in stops), None)
+                completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
+        return completions
+
+    return sample
+
+
+# ---- A training run: its flags, folder and log ----
+
+def read_flags(Args, script, toy):
+    """Args from the command line, over those of the resumed run, or without --model over `toy`, over the defaults."""
+    from transformers import HfArgumentParser, logging
+
+    logging.set_verbosity_error()
+    about = sys.modules[Args.__module__].__doc__.split("\n")[0]
+    parser = HfArgumentParser(Args, prog=f"{script}.py", description=about, allow_abbrev=False)
+    parser.error = fail
+    given = parser.parse_args()
+    done = checkpoints(given.resume or given.output_dir or "")
+    if given.resume:
+        check(done, f"--resume {given.resume}: no checkpoint there; the folder of a run has checkpoints/step_N in it")
+        saved = json.loads(Path(given.resume, "args.json").read_text())
+        check(saved.pop("script") == script and given.model in (None, saved["model"]),
+              f"--resume {given.resume}: that run is of another script or model; start a new run without --resume")
+        check(not given.output_dir, "--resume goes on in the folder of its run: leave --output_dir out")
+        parser.set_defaults(**saved)
+    elif given.model is None:
+        parser.set_defaults(**toy)
+    args = Args(**vars(parser.parse_args()))
+    check(given.resume or not done, f"--output_dir {args.output_dir} holds a run: choose another, or --resume it")
+    check(not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}")
+    return args
+
+
+def checkpoints(run):
+    """The whole checkpoints of a run's folder, oldest first."""
+    return sorted(Path(run, "checkpoints").glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
+
+
+def open_run(args, script, done, columns):
+    """Make the folder of a run, or cut an old one back to its first `done` steps. Returns its path, on all ranks.
+
+    Prints the steps to be done, and the heads of the columns that log_step prints.
+    """
+    from torch.distributed import broadcast_object_list
+
+    name = [args.resume or args.output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    broadcast_object_list(name)  # the clocks of the ranks may differ
+    run = Path(name[0])
+    if RANK == 0:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
+            shutil.rmtree(part)
+        for path in (run / "metrics.jsonl", run / "samples.jsonl"):
+            with open(path, "ab+") as file:
+                file.seek(0)
+                rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
+                file.truncate(sum(map(len, rows)))
+        aside = run / "args.json.part"  # written aside, then renamed: whole at any moment
+        aside.write_text(json.dumps({"script": script, **vars(args), "resume": None}, indent=1))
+        aside.replace(run / "args.json")
+        if args.wandb:
+            import wandb
+
+            wandb.init(project=args.wandb, name=run.name, config=vars(args))
+    if done < args.steps:
+        say(f"steps {done + 1} to {args.steps}, written to {run}\n" + " ".join(f"{column:>9}" for column in columns))
+    else:
+        say(f"all {done} steps of {run} are done: only its final/ is written again")
+    return run
+
+
+class Seconds:
+    """A clock of the phases of a step; the bar shows which is on."""
+
+    def __init__(self, bar):
+        self.bar, self.starts = bar, {}
+
+    def start(self, phase):
+        """From here on it is this phase."""
+        self.bar.set_postfix_str(phase)
+        self.starts[phase] = time.perf_counter()
+
+    def metrics(self, tokens):
+        """Seconds of each phase but the last, tokens a second over them all, and the peak memory of GPU or process."""
+        import torch
+
+        times = list(self.starts.values())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        return {
+            **{f"seconds_{phase}": end - start for phase, start, end in zip(self.starts, times, times[1:])},
+            "tokens_per_second": tokens / (times[-1] - times[0]),
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak,
+        }
+
+
+def log_step(run, args, metrics, columns, samples):
+    """Print a step's columns; append its metrics, and the first of its (problem, text, reward), to the run's files."""
+    say(" ".join(f"{metrics[column]:{max(9, len(column))}.4g}" for column in columns))
+    if RANK == 0:
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        with open(run / "samples.jsonl", "a") as file:
+            for row, text, reward in list(samples)[:4]:
+                row = {"problem": row["problem"], "answer": row["answer"], "completion": text, "reward": reward}
+                file.write(json.dumps({"step": metrics["step"], **row}) + "\n")
+        if args.wandb:
+            sys.modules["wandb"].log(metrics, step=metrics["step"])
+
+
 # ---- The command line ----
 
 def parse_args():
@@ -555,7 +784,7 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=256, help="completions sampled and saved at a time (256)")
     parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm if CUDA has it")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (0.9)")
-    parser.add_argument("--vllm_tp", type=int, default=1, help="processes that share a vLLM engine (1)")
+    parser.add_argument("--vllm_tp", type=int, default=1, help="GPUs that share a vLLM engine (1); not with torchrun")
     parser.add_argument("--enforce_eager", action="store_true", help="vLLM without CUDA graphs: starts sooner")
     parser.add_argument("--out", help="folder for all completions and the summary")
     args = parser.parse_args()
@@ -564,18 +793,14 @@ def parse_args():
     for name in ("n", "limit", "max_new_tokens", "batch_size", "vllm_tp"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for right, message in (
-        ((args.model is None) != (args.grade is None), "give --model, or --grade FILE for completions made elsewhere"),
-        (0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}"),
-        (args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1"),
-        (0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}"),
-        (args.grade or all(1 <= k <= args.n for k in args.k or ()), f"--k: every k must be from 1 to --n {args.n}"),
-        (args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt"),
-        (int(os.environ.get("WORLD_SIZE", 1)) % args.vllm_tp == 0, "--vllm_tp must divide the number of processes"),
-        (not args.out or not os.path.isfile(args.out), f"--out {args.out} is a file: give a folder"),
-    ):
-        if not right:
-            fail(message)
+    check((args.model is None) != (args.grade is None), "give --model, or --grade FILE for completions made elsewhere")
+    check(0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}")
+    check(args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1")
+    check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
+    check(args.grade or all(1 <= k <= args.n for k in args.k or ()), f"--k: every k must be from 1 to --n {args.n}")
+    check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
+    check(WORLD == 1 or args.vllm_tp == 1, "--vllm_tp goes with python; with torchrun every process has its own engine")
+    check(not args.out or not os.path.isfile(args.out), f"--out {args.out} is a file: give a folder")
     return args
 
 
@@ -597,7 +822,7 @@ def report(results, args):
             notes.append(f"{model} minus {first}, {benchmark}: {change:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
             summary[-1].update(minus=first, difference=change, interval=[low, high])
     say("\n".join(notes))
-    if args.out and os.environ.get("RANK", "0") == "0":
+    if args.out and RANK == 0:
         with open(os.path.join(args.out, "summary.json"), "w") as file:
             json.dump(summary, file, indent=1)
 
@@ -622,19 +847,12 @@ def evaluate_models(args):
     benchmarks = {name: load_problems(name, "test")[: args.limit] for name in args.benchmarks.split(",")}
     tokenizers = {name: load_tokenizer(name) for name in args.model.split(",")}
     import torch
-    import torch.distributed as dist
     from transformers import AutoConfig
 
-    from grpo import HFSampler, VLLMSampler
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    vllm = args.sampler == "vllm" or args.sampler == "auto" and device.type == "cuda" and find_spec("vllm")
+    vllm = args.sampler == "vllm" or args.sampler == "auto" and torch.cuda.is_available() and find_spec("vllm")
     keys = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
     settings = {key: getattr(args, key) for key in keys}
-    settings |= {"sampler": "vllm" if vllm else "hf", "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    settings |= {"sampler": "vllm" if vllm else "hf", "processes": WORLD}
     benchmarks = {name: [{**row, **settings} for row in rows] for name, rows in benchmarks.items()}
     files, room = {}, {}
     for model, tokenizer in tokenizers.items():
@@ -645,25 +863,24 @@ def evaluate_models(args):
             fail(f"{model} has room for {context} tokens, and the longest prompt has {longest}")
         for name in benchmarks if args.out else ():  # a file for each rank
             parts = [re.sub(r"[^\w.-]+", "_", part.strip("./").removesuffix(".jsonl")) for part in (model, name)]
-            rank = f".{os.environ['RANK']}.jsonl" if settings["processes"] > 1 else ".jsonl"
+            rank = f".{RANK}.jsonl" if WORLD > 1 else ".jsonl"
             files[model, name] = os.path.join(args.out, *parts) + rank
             os.makedirs(os.path.dirname(files[model, name]), exist_ok=True)
             finished(files[model, name], benchmarks[name], args.n, max(1, args.batch_size // args.n))
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    device = join_ranks(7 * 24 * 60)  # minutes: ranks meet when all is done, however long that takes
     say(f"{args.model} on {args.benchmarks}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     results, how = {}, (args.n, args.seed, args.temperature, args.batch_size)
     with Grader() as grader:
         for args.model, tokenizer in tokenizers.items():
-            args.max_prompt_tokens, args.max_new_tokens = room[args.model]
-            sampler = partial((VLLMSampler if vllm else HFSampler)(args, tokenizer, device), top_p=args.top_p)
+            longest, args.max_new_tokens = room[args.model]
+            sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device, longest + args.max_new_tokens)
             for name, problems in benchmarks.items():
                 path = files.get((args.model, name))
                 results[args.model, name] = evaluate(sampler, tokenizer, problems, grader, *how, path, args.k)
             del sampler  # before the next one is loaded
             gc.collect()
     if not vllm:  # which does it at its own end
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     return results
 
 
