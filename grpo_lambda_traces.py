@@ -577,8 +577,9 @@ def save_final(policy, tokenizer, folder):
     policy.to(policy.model.config.dtype)
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = states.get_model_state_dict(policy.model, options=options)
+    once = {name for name, _ in [*policy.model.named_parameters(), *policy.model.named_buffers()]}  # tied ones: once
     if RANK == 0:
-        policy.model.save_pretrained(folder, state_dict=weights)
+        policy.model.save_pretrained(folder, state_dict={name: weights[name] for name in weights if name in once})
         tokenizer.save_pretrained(folder)
 
 

@@ -5,6 +5,7 @@
 A case is script/variant:micro_batch_tokens, with a variant of VARIANTS. Rank 0 saves {case: (metrics, parameters)}.
 """
 
+import functools
 import importlib
 import random
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+import transformers
+
+TINY = Path(__file__).with_name("tiny")
 
 PROMPTS, GROUP = 6, 4
 SEVERAL = {"updates_per_batch": 3, "lr": 3e-5, "clip_low": 0.002, "clip_high": 0.002}  # so that the clip acts
@@ -30,6 +33,15 @@ VARIANTS = {
 }
 
 
+@functools.lru_cache
+def logps_of(prompt, ids):
+    """Log-probabilities of a completion's tokens by the tiny model's full logits: what an honest sampler reports."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    with torch.no_grad():
+        logp = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logp.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1).tolist()
+
+
 def rollouts(script, shared_prefixes=True):
     """Random prompts, completions and rewards [6, 4]: lengths differ a lot, the last prompts have the long ones."""
     generator = random.Random(0)
@@ -42,20 +54,21 @@ def rollouts(script, shared_prefixes=True):
             ids = [i + 1] + [generator.randint(1, 16) for _ in range(length)] + [0] * stopped
             if shared_prefixes and i % 2:
                 ids[: length // 2] = completions[-1].ids[: length // 2]
-            completions.append(script.Completion(ids, "stop" if stopped else "length"))
+            logps = logps_of(tuple(prompts[prompt]), tuple(ids))
+            completions.append(script.Completion(ids, "stop" if stopped else "length", logps))
             rewards.append(float(generator.random() < 0.5) if prompt != 1 else 1.0)  # prompt 1: all are right
     return prompts, completions, torch.tensor(rewards).view(PROMPTS, GROUP)
 
 
-def train(script, mesh, steps=1, shared_prefixes=True, **changes):
+def train(script, steps=1, shared_prefixes=True, **changes):
     """`steps` training steps on the rollouts, each rank with its share: (metrics of the last, full parameters)."""
     rank, world = dist.get_rank(), dist.get_world_size()
     prompts, completions, rewards = rollouts(script, shared_prefixes)
     share = PROMPTS // world
     mine = slice(rank * share, (rank + 1) * share)
-    args = script.Args(**{**script.TOY, "prompts_per_step": PROMPTS, "model": str(Path(__file__).with_name("tiny")), **changes})
-    policy = script.load_policy(args, mesh, torch.device("cpu"), prompts[0])
-    reference = script.load_policy(args, mesh, torch.device("cpu"), prompts[0], trainable=False) if args.beta else None
+    args = script.Args(**{**script.TOY, "prompts_per_step": PROMPTS, "model": str(TINY), **changes})
+    policy = script.load_policy(args, torch.device("cpu"))
+    reference = script.load_policy(args, torch.device("cpu"), trainable=False) if args.beta else None
     if hasattr(args, "lam_init"):
         policy.register_buffer("lam", torch.tensor(args.lam_init))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
@@ -70,11 +83,10 @@ def train(script, mesh, steps=1, shared_prefixes=True, **changes):
 def main():
     output, *cases = sys.argv[1:]
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     results = {}
     for case in cases:
         name, variant, budget = case.replace("/", ":").split(":")
-        results[case] = train(importlib.import_module(name), mesh, micro_batch_tokens=int(budget), **VARIANTS[name][variant])
+        results[case] = train(importlib.import_module(name), micro_batch_tokens=int(budget), **VARIANTS[name][variant])
     if dist.get_rank() == 0:
         torch.save(results, output)
     dist.destroy_process_group()
