@@ -583,7 +583,7 @@ def sum_over_ranks(values, device):
 
 
 def stop_tokens(model, tokenizer):
-    """The ids that end a completion: the model's own and the tokenizer's. [-1], which never comes, if there are none."""
+    """The ids that end a completion: the model's own and the tokenizer's; if there are none [-1], which never comes."""
     stops = model.generation_config.eos_token_id
     stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
     return sorted({stop for stop in stops if stop is not None}) or [-1]
@@ -608,8 +608,8 @@ def start_vllm(model, args, dtype, longest, **options):
     except (ValueError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
-        fail(f"vLLM does not fit: {error} Here: --gpu_memory_utilization {args.gpu_memory_utilization}; shorter prompts and "
-             "a shorter --max_new_tokens need less", 1)
+        sys.exit(f"error: rank {RANK}: vLLM does not fit: {error} Here: --gpu_memory_utilization "
+                 f"{args.gpu_memory_utilization}; shorter prompts and a shorter --max_new_tokens need less")
 
 
 def vllm_sampler(args, tokenizer, device, longest):
@@ -641,7 +641,9 @@ def hf_sampler(args, tokenizer, device, longest):
     model.generation_config = GenerationConfig()
 
     def sample(prompt_ids, n, seed, temperature):
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": args.top_p} if temperature > 0 else {}
+        how = {"do_sample": temperature > 0}
+        if temperature > 0:
+            how.update(temperature=temperature, top_k=0, top_p=args.top_p)
         how |= {"max_new_tokens": args.max_new_tokens, "eos_token_id": stops, "pad_token_id": max(0, stops[0])}
         rows, completions = [ids for ids in prompt_ids for _ in range(n)], []
         torch.manual_seed(seed)
@@ -669,7 +671,8 @@ def read_flags(Args, script, toy):
     parser = HfArgumentParser(Args, prog=f"{script}.py", description=about, allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args()
-    done = checkpoints(given.resume or given.output_dir or "")
+    folder = given.resume or given.output_dir
+    done = checkpoints(folder) if folder else []
     if given.resume:
         check(done, f"--resume {given.resume}: no checkpoint there; the folder of a run has checkpoints/step_N in it")
         saved = json.loads(Path(given.resume, "args.json").read_text())
@@ -749,7 +752,7 @@ class Seconds:
 
 def log_step(run, args, metrics, columns, samples):
     """Print a step's columns; append its metrics, and the first of its (problem, text, reward), to the run's files."""
-    say(" ".join(f"{metrics[column]:{max(9, len(column))}.4g}" for column in columns))
+    say(" ".join(f"{metrics[column]:{max(9, len(column))}{'' if column == 'step' else '.4g'}}" for column in columns))
     if RANK == 0:
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -799,7 +802,8 @@ def parse_args():
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
     check(args.grade or all(1 <= k <= args.n for k in args.k or ()), f"--k: every k must be from 1 to --n {args.n}")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
-    check(WORLD == 1 or args.vllm_tp == 1, "--vllm_tp goes with python; with torchrun every process has its own engine")
+    check(args.vllm_tp == 1 or WORLD == 1 and find_spec("vllm"),
+          "--vllm_tp needs vllm, and goes with python: with torchrun every process has an engine of its own")
     check(not args.out or not os.path.isfile(args.out), f"--out {args.out} is a file: give a folder")
     return args
 

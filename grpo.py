@@ -1,6 +1,7 @@
 """GRPO in one file: group-relative policy optimisation, with the aggregations of DAPO and Dr. GRPO by flag.
 
-For each of P prompts a group of G completions o_1..o_G is sampled and rewarded with R_1..R_G. Maximised is
+For each of P prompts a group of G completions o_1..o_G is sampled from π_old, which is the policy π before this step's
+updates, and rewarded with R_1..R_G. Maximised is
 
     J = sum over groups, completions i, tokens t of  w[i,t] · min(r[i,t]·A[i], clip(r[i,t], 1-ε_low, 1+ε_high)·A[i])
         - β · the same weighted sum of k3[i,t]
@@ -15,9 +16,9 @@ For each of P prompts a group of G completions o_1..o_G is sampled and rewarded 
 Papers: GRPO, DeepSeekMath (arXiv 2402.03300); DAPO (arXiv 2503.14476); Dr. GRPO (arXiv 2503.20783).
 The weights hold every normaliser, and a group lives whole on one rank. So neither the micro-batches nor the number of
 ranks can change the gradient. One update per batch is the default; then π_old = π, the ratio is 1 and the clip idle.
-Deviations: std is the sample one (ddof 1), and in a group of equal rewards all advantages are exactly 0; DAPO's token
-mean is taken in each group; its dynamic sampling and overlong penalty, which concern data and reward, are not here.
-The variants beside this file change section 2, Args, and the lines that are marked "# λ:", and nothing else.
+Deviations: std is the sample one (ddof 1); in a group of equal rewards all advantages are exactly 0; w is also times
+min(π_old/π_sampler, --tis_cap), since the sampler computes π_old a little differently. DAPO's dynamic sampling and
+overlong penalty are not here. The variants change section 2, Args and the lines marked "# λ:", and nothing else.
 
     python grpo.py                                                   laptop: a tiny model learns sums in a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -36,7 +37,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from eval import (
+from eval import (  # check and fail end the program with one line; say prints on rank 0
     Grader, Seconds, check, checkpoints, evaluate, fail, join_ranks, load_problems, load_prompts, load_tokenizer,
     log_step, open_run, read_flags, say, start_vllm, stop_tokens, sum_over_ranks,
 )
@@ -88,14 +89,14 @@ class Args:
     steps: int = HfArg(default=200, help="training steps: one batch of completions each")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate, after the warm-up")
     warmup_steps: int = HfArg(default=10, help="steps of linear warm-up")
-    max_grad_norm: float = HfArg(default=1.0, help="the gradient is scaled down to this norm")
-    tis_cap: float = HfArg(default=2.0, help="cap of the importance weights between trainer and sampler")
+    max_grad_norm: float = HfArg(default=1.0, help="a gradient of a larger norm is scaled down to it")
+    tis_cap: float = HfArg(default=2.0, help="importance weights π_old/π_sampler are cut off here; large: never")
     micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass: lower it when memory runs out")
     # The run
     eval_every: int = HfArg(default=0, help="evaluate every so many steps; 0: only at the end")
     save_every: int = HfArg(default=20, help="save a checkpoint every so many steps; 0: only at the end")
     seed: int = HfArg(default=0, help="decides prompts and samples")
-    timeout_minutes: float = HfArg(default=60.0, help="ranks wait so long for another one, then the job ends")
+    timeout_minutes: float = HfArg(default=60.0, help="how long a rank waits for the others before the job ends")
     output_dir: str = HfArg(default=None, help="folder of the run (default: runs/<script>-<time>)")
     resume: str = HfArg(default=None, help="folder of a run to go on with, from its last checkpoint")
     wandb: str = HfArg(default=None, help="name of a Weights & Biases project to log to as well")
@@ -104,7 +105,7 @@ class Args:
 # 1. Reward ------------------------------------------------------------------------------------------------------------
 
 def rewards_of(texts, problems, grader):
-    """1 for a right answer in the last box, else 0. Yours goes here: completions and their problems in, floats out."""
+    """1 for a right answer in the last box, else 0. Yours goes here: texts and their problems in, floats out."""
     return [float(right) for right in grader.grade_all([(text, row["answer"]) for text, row in zip(texts, problems)])]
 
 
@@ -116,11 +117,11 @@ def group_advantages(rewards, normalize_std=True):
     (R - mean) / (std + 1e-4) with the sample standard deviation (ddof 1), or R - mean (Dr. GRPO). Exactly 0 where the
     rewards differ by less than 1e-6. Example: [[1, 0, 0, 1]] -> [[.866, -.866, -.866, .866]].
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)  # [P, G]
+    advantages = rewards - rewards.mean(-1, keepdim=True)  # [P, G]
     if normalize_std:
-        centred = centred / (rewards.std(-1, keepdim=True) + 1e-4)
+        advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-4)
     spread = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True)  # [P, 1]
-    return torch.where(spread < 1e-6, 0.0, centred)
+    return torch.where(spread < 1e-6, 0.0, advantages)
 
 
 def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
@@ -167,7 +168,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """Update the policy with this rank's prompts [P][ids], completions [P·G], rewards [P, G]. Metrics of all ranks."""
+    """Update the policy by this rank's prompts [P][ids], completions [P·G], rewards [P, G]. Metrics of all ranks."""
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
@@ -178,24 +179,24 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     starts = torch.tensor([len(ids) for ids in prompts], device=device).repeat_interleave(group_size)  # [P·G]
     sequences = [torch.tensor(prompts[i // group_size] + c.ids) for i, c in enumerate(completions)]  # [P·G][S]
     sampler_logp = pad_sequence([torch.tensor(c.logps) for c in completions], batch_first=True).to(device)  # [P·G, T]
-    old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled in below
+    old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
     plan, totals = micro_batches([len(ids) for ids in sequences], args.micro_batch_tokens, device), Counter()
     for update in range(args.updates_per_batch):
-        sums = Counter()  # over this rank's tokens
+        sums = Counter()  # over this rank's tokens; named after the means that they become at the end
         for rows in plan:
-            here = rows, slice(max(len(completions[row].ids) for row in rows))  # these completions, of at most T tokens
+            part = rows, slice(max(len(completions[row].ids) for row in rows))  # of [P·G, T]: B rows, to their longest
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
-            logp, entropy = policy(input_ids, starts[rows], mask[here])  # [B, T], [B, T]
+            logp, entropy = policy(input_ids, starts[rows], mask[part])  # [B, T], [B, T]
             if update == 0:
-                old_logp[here] = logp.detach()
+                old_logp[part] = logp.detach()
                 with torch.no_grad():
-                    ref_logp[here] = reference(input_ids, starts[rows], mask[here])[0] if reference else 0.0
-            # Truncated importance sampling: the sampler's probabilities are not quite those of the trainer's π_old
-            gap = torch.where(mask[here], old_logp[here] - sampler_logp[here], 0.0)  # [B, T]
-            importance = gap.exp().clamp(max=args.tis_cap) * mask[here]  # [B, T]
-            advantage, weight = advantages[rows], weights[here] * importance  # λ: [B], [B, T]
+                    ref_logp[part] = reference(input_ids, starts[rows], mask[part])[0] if reference else 0.0
+            # Truncated importance sampling: what the sampler drew from is not quite the trainer's π_old
+            gap = torch.where(mask[part], old_logp[part] - sampler_logp[part], 0.0)  # [B, T]
+            importance = gap.exp().clamp(max=args.tis_cap) * mask[part]  # [B, T]
+            advantage, weight = advantages[rows], weights[part] * importance  # λ: [B], [B, T]
             loss, stats = policy_loss(
-                logp, old_logp[here], advantage, weight, args.clip_low, args.clip_high, ref_logp[here], args.beta,
+                logp, old_logp[part], advantage, weight, args.clip_low, args.clip_high, ref_logp[part], args.beta,
             )
             (loss * WORLD).backward()  # FSDP averages over ranks, the objective is a sum
             sums.update({**stats, "loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum()})
@@ -229,7 +230,7 @@ def main():
     tokenizer = load_tokenizer(args.model)
     data, skipped = load_prompts(args.dataset, tokenizer, args.max_prompt_tokens)
     eval_problems = load_problems(args.eval_dataset, "test") if args.eval_dataset else []
-    epochs = range(-(-args.steps * args.prompts_per_step // len(data)))  # each has its own order, by the seed
+    epochs = range(math.ceil(args.steps * args.prompts_per_step / len(data)))  # each has its own order, by the seed
     order = [i for epoch in epochs for i in np.random.default_rng((args.seed, epoch)).permutation(len(data))]
 
     # Policy, optimizer, sampler. A single process is a process group of one: there is no other path
@@ -237,7 +238,7 @@ def main():
     policy = load_policy(args, device)
     reference = load_policy(args, device, trainable=False) if args.beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    vllm = args.sampler == "vllm" or args.sampler == "auto" and device.type == "cuda" and find_spec("vllm")
+    vllm = args.sampler == "vllm" or (args.sampler == "auto" and device.type == "cuda" and find_spec("vllm"))
     sampler = (VLLMSampler if vllm else HFSampler)(args, tokenizer, device)
     done = load_checkpoint(policy, optimizer, args.resume) if args.resume else 0
     sampler.load(full_weights(policy, sampler.dtype))
@@ -246,8 +247,8 @@ def main():
     say(f"{SCRIPT}: {Path(args.model).name}, {size:.1f}M parameters, {WORLD} x {device.type}, {type(sampler).__name__}")
     columns = ["step", "reward", "length", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second"]
     run = open_run(args, SCRIPT, done, columns)
-    stops = []  # SIGTERM, a cluster's notice: finish the step, save, end
-    signal.signal(signal.SIGTERM, lambda *_: stops.append(True))
+    notices = []  # SIGTERM, from a cluster: finish the step, save, end
+    signal.signal(signal.SIGTERM, lambda *_: notices.append(True))
     share = args.prompts_per_step // WORLD  # prompts of a rank
     bar = tqdm(range(done + 1, args.steps + 1), SCRIPT, initial=done, total=args.steps, disable=RANK > 0 or None)
 
@@ -257,34 +258,34 @@ def main():
             clock.start("sampling")
             place = (step - 1) * args.prompts_per_step + RANK * share  # of this rank's first prompt
             chosen = [data[i] for i in order[place : place + share]]
-            prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_000_007 + place
+            prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_000_007 + place  # whatever the ranks
             completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G]
             sampler.sleep()
 
             clock.start("grading")
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
             asked = [row for row in chosen for _ in range(args.group_size)]
-            rewards = torch.tensor(rewards_of(texts, asked, grader), device=device).view(share, -1)  # [P, G]
+            rewards = torch.tensor(rewards_of(texts, asked, grader), device=device).float().view(share, -1)  # [P, G]
 
             clock.start("training")
-            for group in optimizer.param_groups:
-                group["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
+            lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
+            optimizer.param_groups[0]["lr"] = lr
             metrics = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
 
             clock.start("syncing")
             sampler.load(full_weights(policy, sampler.dtype))
 
             clock.start("logging")
-            counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "stop": len(stops)}, device)
+            counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "notices": len(notices)}, device)
             metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"])}
             metrics |= clock.metrics(tokens=metrics["length"] * args.prompts_per_step * args.group_size)
-            if eval_problems and (step == args.steps or args.eval_every and step % args.eval_every == 0):
+            if eval_problems and (step == args.steps or (args.eval_every and step % args.eval_every == 0)):
                 metrics["eval_accuracy"] = accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
                 say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
             log_step(run, args, metrics, columns, zip(asked, texts, rewards.flatten().tolist()))
-            if step == args.steps or counts["stop"] or args.save_every and step % args.save_every == 0:
+            if step == args.steps or counts["notices"] or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(policy, optimizer, run, step)
-            if counts["stop"] and step < args.steps:
+            if counts["notices"] and step < args.steps:
                 say(f"SIGTERM: saved after step {step}; go on with --resume {run}")
                 return
 
@@ -341,7 +342,7 @@ class HFSampler:
         cache, rows = DynamicCache(config=self.model.config), torch.arange(len(prompts), device=device)
         drawn = [([], []) for _ in prompts]  # token ids and log-probabilities
         for t in range(self.max_new_tokens):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # the padding, on the left, has none
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # they count from behind the padding
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()  # [B, V]
             logp = (logits / (temperature or 1.0)).log_softmax(-1)
@@ -406,7 +407,8 @@ class Policy(torch.nn.Module):
     """A causal language model whose forward returns log-probabilities of given tokens, never the logits.
 
     The head runs in checkpointed chunks of 512 tokens: [B, T, vocabulary] logits would be the largest tensor by far.
-    It is the root of FSDP, so that embeddings and head are gathered around this forward.
+    It is the root of FSDP, so that embeddings and head are gathered around this forward. There is no attention mask: the
+    padding is on the right, where causal attention never sees it.
     """
 
     def __init__(self, model, temperature):
@@ -474,13 +476,13 @@ def micro_batches(lengths, budget, device):
     """
     plan = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        padding = sum(lengths[row] - lengths[other] for other in plan[-1])  # that this row would bring
+        padding = sum(lengths[row] - lengths[other] for other in plan[-1])  # in all, with this row
         if plan[-1] and ((len(plan[-1]) + 1) * lengths[row] > budget or padding > budget // 16):
             plan.append([])
         plan[-1].append(row)
     count = torch.tensor(len(plan), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
-    while len(plan) < count:
+    while len(plan) < count:  # all ranks have equally many rows, so there is one to halve
         plan.sort(key=len)
         rows = plan.pop()
         plan += [rows[::2], rows[1::2]]
@@ -534,7 +536,7 @@ def save_final(policy, tokenizer, folder):
 def check_args(args):
     """End the program with one line where a flag's value makes no sense."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)):  # λ: (a number of theirs may be negative)
+        if isinstance(value, (int, float)):  # λ: (a variant's own may be negative)
             least = int(name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens"))
             check(least <= value < math.inf, f"--{name} {value}: must be a number, {least} or above")
     for name in ("temperature", "max_grad_norm", "timeout_minutes", "gpu_memory_utilization"):
@@ -542,6 +544,7 @@ def check_args(args):
     check(args.gpu_memory_utilization < 1, "--gpu_memory_utilization must be below 1")
     check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions of one prompt")
     check(args.clip_low < 1, "--clip_low must be below 1")
+    check(args.tis_cap >= 1, "--tis_cap must be at least 1")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     check(not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb")

@@ -201,16 +201,13 @@ def made_up(prompts, group_size, lengths, seed=0):
 
 
 def alone(device="cpu"):
-    """A process group of this process alone (once), and its mesh."""
-    from torch.distributed.device_mesh import init_device_mesh
-
+    """A process group of this process alone (once)."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device, (1, 1), mesh_dim_names=("replicate", "shard"))
 
 
-def training_step(name, mesh, batch, share=slice(None), device="cpu", gradients=None, **changes):
+def training_step(name, batch, share=slice(None), device="cpu", gradients=None, **changes):
     """(function of no arguments that makes a training step of a script, its policy); the weights stay as they are.
 
     gradients: a dict that each step fills with the model's gradients by name, or None.
@@ -219,7 +216,7 @@ def training_step(name, mesh, batch, share=slice(None), device="cpu", gradients=
     group_size = len(batch.completions) // len(batch.prompts)
     options = {**script.TOY, "group_size": group_size, "prompts_per_step": len(batch.prompts), "max_grad_norm": 1e9}
     args = script.Args(**{**options, **changes})
-    policy = script.load_policy(args, mesh, torch.device(device), batch.prompts[0])
+    policy = script.load_policy(args, torch.device(device))
     if hasattr(args, "lam_init"):
         policy.register_buffer("lam", torch.tensor(args.lam_init, device=device))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
@@ -228,7 +225,12 @@ def training_step(name, mesh, batch, share=slice(None), device="cpu", gradients=
         keep = lambda *_: gradients.update((key, p.grad.full_tensor().clone()) for key, p in parameters)  # noqa: E731
         optimizer.register_step_pre_hook(keep)
     rewards = torch.tensor(batch.rewards, device=device).view(-1, group_size)[share]
-    completions = [script.Completion(ids, "stop") for ids in batch.completions]
+    completions = []
+    for i, ids in enumerate(batch.completions):  # an honest sampler reports what the policy says
+        prompt = batch.prompts[i // group_size]
+        inputs = [torch.tensor(x, device=device) for x in ([prompt + ids], [len(prompt)], [[True] * len(ids)])]
+        with torch.no_grad():
+            completions.append(script.Completion(ids, "stop", policy(*inputs)[0][0].tolist()))
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)][share]
     mine = [completion for group in groups for completion in group]
     return lambda: script.train_step(policy, None, optimizer, args, batch.prompts[share], mine, rewards), policy
@@ -352,13 +354,13 @@ def agreement(ours, theirs):
     return abs(loss - other_loss), ((flat(gradients) - flat(others)).norm() / flat(others).norm()).item()
 
 
-def live_step(name, mesh, encoded, problems, group_size, budget):
+def live_step(name, encoded, problems, group_size, budget):
     """A whole step, phase by phase as main has it: a function of the seed that returns the seconds and the tokens."""
     script = importlib.import_module(name)
     args = script.Args(**{**script.TOY, "prompts_per_step": len(problems), "group_size": group_size,
                           "max_grad_norm": 1e9, "micro_batch_tokens": budget})
     tokenizer, device = load_tokenizer(str(TINY)), torch.device("cpu")
-    policy = script.load_policy(args, mesh, device, encoded[0])
+    policy = script.load_policy(args, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     sampler, grader = script.HFSampler(args, tokenizer, device), Grader()
 
@@ -383,7 +385,8 @@ def live_step(name, mesh, encoded, problems, group_size, budget):
 def part_a(table, options):
     """Steps of equal batches; ours in this process, TRL's trainers in theirs."""
     prompts, group_size, repetitions = (4, 4, 2) if options.quick else (16, 8, options.repetitions)
-    total, budget, mesh = prompts * group_size, 2048, alone()
+    total, budget = prompts * group_size, 2048
+    alone()
     toy, problems = toy_batch(prompts, group_size)
     tail = made_up(prompts, group_size, lambda g: min(240, max(8, int(g.lognormvariate(math.log(60), 0.6)))))
     batches = {"toy": toy, "tail": tail._replace(prompts=toy.prompts)}
@@ -399,8 +402,8 @@ def part_a(table, options):
                 trainers[rows] = Worker([options.trl, __file__, "--worker", "trl", "--file", file])
         try:
             for case, batch in batches.items():
-                compare_steps(table, case, named[case], batch, mesh, budget, trainers, repetitions, folder)
-            compare_phases(table, mesh, toy.prompts, problems, group_size, budget, trainers, repetitions)
+                compare_steps(table, case, named[case], batch, budget, trainers, repetitions, folder)
+            compare_phases(table, toy.prompts, problems, group_size, budget, trainers, repetitions)
         except RuntimeError as error:
             fail(f"part a: {error}", 1)
         finally:
@@ -410,11 +413,11 @@ def part_a(table, options):
         table.add("a", f"TRL {TRL}", "not run: --trl names no Python that has it")
 
 
-def compare_steps(table, case, name, batch, mesh, budget, trainers, repetitions, folder):
+def compare_steps(table, case, name, batch, budget, trainers, repetitions, folder):
     """Rows of one batch's training step, after loss and gradient have been compared under two losses."""
     for loss in ("grpo", "dr_grpo") if trainers else ():
         kept, sizes = {}, {"max_new_tokens": 48, "micro_batch_tokens": budget}
-        step, _ = training_step("grpo", mesh, batch, gradients=kept, loss=loss, **sizes)
+        step, _ = training_step("grpo", batch, gradients=kept, loss=loss, **sizes)
         ours = step()["loss"], kept
         for rows, trainer in trainers.items():
             file = Path(folder, "gradients")
@@ -424,8 +427,8 @@ def compare_steps(table, case, name, batch, mesh, budget, trainers, repetitions,
                 raise RuntimeError(f"{name}, {loss}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}; not timed")
         table.add("a", f"{case}, {loss}: TRL's loss / gradient differs by", f"{off[0]:.0e} / {off[1]:.0e}")
     ours = f"grpo.py, {budget} tokens a micro-batch"
-    functions = {ours: training_step("grpo", mesh, batch, micro_batch_tokens=budget)[0],
-                 "grpo.py, one micro-batch": training_step("grpo", mesh, batch, micro_batch_tokens=10**9)[0]}
+    functions = {ours: training_step("grpo", batch, micro_batch_tokens=budget)[0],
+                 "grpo.py, one micro-batch": training_step("grpo", batch, micro_batch_tokens=10**9)[0]}
     functions = {key: lambda step=step: timed(step) for key, step in functions.items()}
     theirs = {f"TRL, {rows} rows a micro-batch": lambda t=trainer: t.ask(batch=case)["training"]
               for rows, trainer in trainers.items()}
@@ -439,9 +442,9 @@ def compare_steps(table, case, name, batch, mesh, budget, trainers, repetitions,
                   ratios(times, "grpo.py, one micro-batch", list(theirs)[-1]))
 
 
-def compare_phases(table, mesh, encoded, problems, group_size, budget, trainers, repetitions):
+def compare_phases(table, encoded, problems, group_size, budget, trainers, repetitions):
     """Rows of a whole step, from the same weights and seed; TRL's with 32 rows a micro-batch."""
-    step, seeds = live_step("grpo", mesh, encoded, problems, group_size, budget), {"grpo.py": 0, "TRL": 0}
+    step, seeds = live_step("grpo", encoded, problems, group_size, budget), {"grpo.py": 0, "TRL": 0}
     trainer = trainers.get(32) or (list(trainers.values()) or [None])[-1]
 
     def run(who):
@@ -465,8 +468,9 @@ def compare_phases(table, mesh, encoded, problems, group_size, budget, trainers,
 
 def part_b(table, options):
     prompts, group_size, repetitions = (4, 4, 2) if options.quick else (16, 8, 2 * options.repetitions)
-    batch, mesh = made_up(prompts, group_size, lambda g: g.randint(10, 40)), alone()
-    steps = {name: training_step(name, mesh, batch)[0] for name in SCRIPTS}
+    alone()
+    batch = made_up(prompts, group_size, lambda g: g.randint(10, 40))
+    steps = {name: training_step(name, batch)[0] for name in SCRIPTS}
     times = interleaved({name: lambda s=step: timed(s) for name, step in steps.items()}, repetitions, "b: variants")
     for name in SCRIPTS:
         table.add("b", f"training step, {batch.named()}: {name}.py", times[name], "s")
@@ -651,7 +655,8 @@ def attention_share(step):
 
 
 def part_f(table, options):
-    quick, mesh = options.quick, alone()
+    quick = options.quick
+    alone()
     repetitions = 2 if quick else max(3, options.repetitions // 2)
     cases = {
         "prompts": ((2, 4) if quick else (4, 8, 16, 32), lambda n: made_up(n, 4 if quick else 8, 32)),
@@ -659,7 +664,7 @@ def part_f(table, options):
         "completion length": ((16, 64) if quick else (64, 128, 256, 512, 1024), lambda n: made_up(4, 4, n)),
     }
     for what, (sizes, batch) in cases.items():
-        steps = {n: training_step("grpo", mesh, batch(n), micro_batch_tokens=2048)[0] for n in sizes}
+        steps = {n: training_step("grpo", batch(n), micro_batch_tokens=2048)[0] for n in sizes}
         times = interleaved({n: lambda s=step: timed(s) for n, step in steps.items()}, repetitions, f"f: {what}")
         for n in sizes:
             table.add("f", f"training step, {what} {n}: {batch(n).named()}", times[n], "s")
@@ -696,14 +701,11 @@ def ranks_rows(table, sizes, repetitions):
 
 def serve_ranks(file):
     """Under torchrun: rank 0 is asked, all ranks make a step of the same batch."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("replicate", "shard"))
     batch = made_up(*json.loads(file))
     mine = slice(rank * len(batch.prompts) // world, (rank + 1) * len(batch.prompts) // world)
-    step, _ = training_step("grpo", mesh, batch, mine, micro_batch_tokens=2048)
+    step, _ = training_step("grpo", batch, mine, micro_batch_tokens=2048)
     asked = questions() if rank == 0 else None
     while True:
         order = [next(asked, None) if rank == 0 else None]
@@ -740,8 +742,9 @@ def learner_rows(table, options, device):
     batch = made_up(prompts, group_size, length)
     with tempfile.TemporaryDirectory() as folder:
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        mesh, budget = alone(device), 16384
-        step, policy = training_step("grpo", mesh, batch, device=device, model=folder, micro_batch_tokens=budget)
+        alone(device)
+        budget = 16384
+        step, policy = training_step("grpo", batch, device=device, model=folder, micro_batch_tokens=budget)
     times = interleaved({"step": lambda: timed(step)}, 2 if options.quick else 7, "g: learner")["step"]
     size = sum(parameter.numel() for parameter in policy.parameters()) / 1e9
     speeds = [prompts * group_size * length / seconds for seconds in times]

@@ -1,11 +1,14 @@
 """What several tests share: the scripts under test, and a way to run them as a user does."""
 
+import contextlib
 import importlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,20 @@ def launch(arguments, ranks=None, wait=True, cwd=ROOT, **environment):
     if not wait:
         return subprocess.Popen(command, **pipes)
     return subprocess.run(command, timeout=300, **pipes)
+
+
+def on_a_terminal(arguments, cwd=ROOT, **environment):
+    """`python ARGUMENTS` with a terminal for its stderr: (exit code, what the terminal got, as bytes)."""
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    command = [sys.executable, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal, cwd=cwd, env={**os.environ, **environment})
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(screen, 1000):
+            shown += part
+    return process.wait(), shown
 
 
 def metrics(run, timed=False):

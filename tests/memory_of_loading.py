@@ -30,13 +30,12 @@ def worker(folder):
     sys.path.insert(0, str(ROOT))
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+    import transformers
 
     import grpo
 
-    grpo.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     seen, done = [memory()], threading.Event()
 
     def watch():
@@ -46,7 +45,7 @@ def worker(folder):
     thread = threading.Thread(target=watch)
     dist.barrier()
     thread.start()
-    policy = grpo.load_policy(grpo.Args(model=folder), mesh, torch.device("cpu"), [1, 2, 3])
+    policy = grpo.load_policy(grpo.Args(model=folder), torch.device("cpu"))
     dist.barrier()
     done.set()
     thread.join()

@@ -73,7 +73,7 @@ def mesh():
 def test_what_disagrees_is_not_timed(tmp_path, mesh):
     """A trainer whose gradient is another one ends the comparison before a second is reported."""
     batch, kept, table = benchmark.made_up(2, 2, 5), {}, benchmark.Table(quick=True)
-    step, _ = benchmark.training_step("grpo", mesh, batch, gradients=kept)
+    step, _ = benchmark.training_step("grpo", batch, gradients=kept)
 
     def ask(gradients, **_):
         loss = step()["loss"]
@@ -81,7 +81,7 @@ def test_what_disagrees_is_not_timed(tmp_path, mesh):
 
     with pytest.raises(RuntimeError, match="gradient by 5.0e-01; not timed"):
         trainers = {4: SimpleNamespace(ask=ask)}
-        benchmark.compare_steps(table, "toy", "toy", batch, mesh, 2048, trainers, 2, tmp_path)
+        benchmark.compare_steps(table, "toy", "toy", batch, 2048, trainers, 2, tmp_path)
     assert not table.rows
 
 

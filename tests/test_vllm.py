@@ -61,7 +61,7 @@ def runs(tmp_path_factory, untied):
         name, (arguments, ranks) = item
         done = start([*arguments, "--output_dir", folder / name], ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "sampler: vllm" in done.stdout
+        assert "1 x cpu, VLLMSampler" in done.stdout or "2 x cpu, VLLMSampler" in done.stdout
         return folder / name
 
     with ThreadPoolExecutor(2) as pool:
@@ -164,12 +164,21 @@ def test_alarm_when_the_prefix_cache_is_stale(stale, tmp_path):
         assert len(metrics(tmp_path / "run")) == 3 and metrics(tmp_path / "run")[-1]["logp_diff"] < 1e-3
 
 
-def test_tensor_parallel(runs, tmp_path):
-    """Two ranks, one engine: both ask for all prompts, each keeps its own."""
-    done = start(["grpo.py", *SMALL, "--vllm_tp", 2, "--steps", 2, "--lr", 1e-3, "--output_dir", tmp_path / "run"], ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for expected, row in zip(metrics(runs["one"]), same_weights(tmp_path / "run")):
-        assert row["reward"] == pytest.approx(expected["reward"]) and row["length"] == pytest.approx(expected["length"])
+def test_evaluation(tmp_path):
+    """eval.py with vLLM: greedy completions are transformers', with one engine, one for two ranks each, and one on two GPUs."""
+    asked = ["eval.py", "--model", TINY, "--limit", 12, "--max_new_tokens", 48]
+    completions = {}
+    for name, more, ranks in (("hf", [], None), ("one", ["--sampler", "vllm"], None), ("ranks", ["--sampler", "vllm"], 2),
+                              ("parallel", ["--sampler", "vllm", "--vllm_tp", 2], None)):
+        arguments = [*asked, *more, "--out", tmp_path / name]
+        done = start(["--", *arguments] if ranks else arguments, ranks=ranks)
+        assert done.returncode == 0, (name, done.stderr[-3000:])
+        rows = [json.loads(line) for file in tmp_path.glob(f"{name}/*/*.jsonl") for line in file.read_text().splitlines()]
+        completions[name] = {row["index"]: row["completion"] for row in rows}
+    assert len(completions["hf"]) == 12
+    assert all(found == completions["hf"] for found in completions.values()), completions
+    done = start([*asked, "--sampler", "vllm", "--vllm_tp", 2], ranks=2)
+    assert done.returncode != 0 and "--vllm_tp needs vllm, and goes with python" in done.stderr
 
 
 def test_out_of_memory_in_the_engine(tmp_path):
