@@ -458,8 +458,8 @@ class Policy(torch.nn.Module):
     """A causal language model whose forward returns log-probabilities of given tokens, never the logits.
 
     The head runs in checkpointed chunks of 512 tokens: [B, T, vocabulary] logits would be the largest tensor by far.
-    It is the root of FSDP, so that embeddings and head are gathered around this forward. There is no attention mask: the
-    padding is on the right, where causal attention never sees it.
+    It is the root of FSDP, so that embeddings and head are gathered around this forward. No attention mask is needed:
+    the padding is on the right, where causal attention never sees it.
     """
 
     def __init__(self, model, temperature):
