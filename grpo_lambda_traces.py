@@ -1,25 +1,26 @@
 """GRPO-λ in one file: GRPO with eligibility traces of token log-probabilities, and no critic.
 
-Maximised is the J of grpo.py with another ratio r or another weight w, γλ = --gamma · --lam:
+Maximised is the J of grpo.py (its docstring has π_old, --loss and the KL term) with other A, and another r or w:
 
     J = sum over groups, completions i, tokens t of  w[i,t] · min(r[i,t]·A[i], clip(r[i,t], 1-ε_low, 1+ε_high)·A[i])
-        - β · the KL term,  A[i] = max(GRPO's A[i], -0.1)
-    --variant trace    r[i,t] = exp Σ_l tr(t,l) · log(π/π_old)[i,t-l],  the clip acts on it;  w[i,t] as in grpo.py
-    --variant weight   r[i,t] as in grpo.py;  w[i,t] times Σ_{s>=t} tr(s, s-t)
+        - β · the KL term,  A[i] = max(GRPO's A[i], -0.1),  γλ = --gamma · --lam,  t = 0..|o_i|-1
+    --variant trace    (ε-trace)   r[i,t] = exp Σ_l tr(t,l) · log(π/π_old)[i,t-l], the clip acts on it;  w as in grpo.py
+    --variant weight   (ε-weight)  r as in grpo.py;  w[i,t] times Σ_{s>=t} tr(s, s-t)
     --style recent     tr(t,l) = (γλ)^l                       (eq. 2)
-    --style both       tr(t,l) = max((γλ)^l, (γλ)^(t-l))      old tokens keep credit too; the paper's better one
+    --style both       tr(t,l) = max((γλ)^l, (γλ)^(t-l))      early tokens keep credit too; the paper's better one
 
-The idea. With a critic, the gradient of generalised advantage estimation, Σ_t A_t·∇logπ_t, equals (Theorem 1)
+The idea. The policy gradient with advantages of generalised advantage estimation, Σ_t A_t·∇logπ_t, equals (Theorem 1)
 
     Σ_t δ_t · Σ_{l=0..t} (γλ)^l · ∇logπ_{t-l}        a TD error times a trace of log-probability gradients
 
 so credit reaches back to earlier tokens. Without a critic, the group's advantage stands for every δ_t.
-Paper: GRPO-λ (arXiv 2510.00194, Parthasarathi, Reymond, Chen, Cui, Chandar). It is not λ-GRPO: the two files beside.
+Paper: GRPO-λ (arXiv 2510.00194, Parthasarathi, Reymond, Chen, Cui, Chandar). Not λ-GRPO: that is the lambda_grpo files.
 What differs from grpo.py: trace, trace_weights; in policy_loss the traced ratio or the weighted terms; advantages below
--0.1 are raised to it (paper). On-policy both variants have the same gradient: early tokens count up to T times.
-Deviations: we read the paper through third parties. ε-weight is our reading (the same double sum, in the other order);
-γ = 1 is ours; the KL term is not traced. Nothing is renormalised: gradients can be tens of times GRPO's, so the clip at
---max_grad_norm does real work. λ = 0 with style recent and --min_advantage=-inf is grpo.py, bit for bit.
+-0.1 are raised to it (paper). On-policy, and up to the sampler's importance weights, both variants have one gradient:
+the first token counts |o_i| times (both), up to 1/(1-γλ) times (recent). Off-policy a traced ratio is clipped sooner.
+Deviations: we had others' accounts of the paper, not its text. ε-weight is our reading (the same double sum, in the
+other order); γ = 1 is ours; the KL term and the importance weights are not traced. Nothing is renormalised: gradients
+can be tens of times GRPO's, so --max_grad_norm does real work. λ = 0 with recent and no clamp is grpo.py, bit for bit.
 
     python grpo_lambda_traces.py                                                   laptop: a tiny model, a minute
     python grpo_lambda_traces.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -69,12 +70,12 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 @dataclass
 class Args:
     # The algorithm
-    lam: float = HfArg(default=0.99, help="λ: how far a token's trace reaches back; 0 (with style recent): plain GRPO")
+    lam: float = HfArg(default=0.99, help="λ: how far a token's trace reaches back; 0, recent, no clamp: GRPO")
     gamma: float = HfArg(default=1.0, help="discount γ; only the product γλ matters here")
-    style: Literal["recent", "both"] = HfArg(default="both", help="trace weights (γλ)^l, or max of it and (γλ)^(t-l)")
+    style: Literal["recent", "both"] = HfArg(default="both", help="tokens get (γλ)^distance; both: or (γλ)^position")
     variant: Literal["trace", "weight"] = HfArg(default="trace", help="ε-trace (ratios), or ε-weight (of tokens)")
-    min_advantage: float = HfArg(default=-0.1, help="advantages are clamped to this; --min_advantage=-inf: off")
-    loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="how tokens are weighted: see the docstring")
+    min_advantage: float = HfArg(default=-0.1, help="smaller advantages are raised to it; --min_advantage=-inf: off")
+    loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="how tokens are weighted: see grpo.py")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - clip_low")
     clip_high: float = HfArg(default=0.2, help="and above at 1 + clip_high (DAPO's clip-higher: 0.28)")
     beta: float = HfArg(default=0.0, help="weight of the KL term; above 0 a frozen reference model is loaded")
@@ -133,7 +134,7 @@ def group_advantages(rewards, normalize_std=True):
 def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
     """What each token counts in the objective. mask [P, G, T] (1 on completion tokens) -> weights [P, G, T].
 
-    The normalisers of the table at the top, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
+    The normalisers of the table in grpo.py, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
     mask's own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
     """
     mask = mask.to(torch.get_default_dtype())  # float32; float64 where tests ask for it
@@ -151,9 +152,9 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
 def trace(x, decay, style):
     """The eligibility trace y[t] = Σ_l tr(t, l)·x[t - l], l = 0..t (paper eq. 2). x [B, T] -> y [B, T], differentiable.
 
-    "recent": tr(t, l) = decay^l, a first-order recurrence, solved by log2(T) shifted additions. "both": tr(t, l) =
-    max(decay^l, decay^(t - l)): the first half of the tokens up to t is weighted by the distance from the start, the
-    second half by the distance from t, so a prefix sum and two recent traces give it. Memory is linear in T.
+    Column 0 of x is the first completion token; padding is 0. "recent": tr(t, l) = decay^l, a first-order recurrence,
+    solved by log2(T) shifted additions. "both": tr(t, l) = max(decay^l, decay^(t - l)), so with j = t - l it is decay^j
+    for j <= t // 2, which is a prefix sum, and decay^(t - j) after that, the rest of the recent trace. Linear memory.
     Example: x = [1, 1, 1], decay 1/2: recent [1, 1.5, 1.75], both [1, 2, 2.5].
     """
     x = x.float() if x.dtype.itemsize < 4 else x  # not in bf16: a trace adds up many small terms
@@ -165,14 +166,14 @@ def trace(x, decay, style):
         return recent
     t = torch.arange(x.shape[-1], device=x.device)  # [T]
     half = t // 2  # [T]
-    start = (x * decay ** t.to(x.dtype)).cumsum(-1)[..., half]  # [B, T]
-    return start + recent - decay ** (t - half).to(x.dtype) * recent[..., half]
+    early = (x * decay ** t.to(x.dtype)).cumsum(-1)[..., half]  # [B, T]
+    return early + recent - decay ** (t - half).to(x.dtype) * recent[..., half]
 
 
 def trace_weights(mask, decay, style):
-    """What a token counts in all traces of its response: Σ_{s >= t} tr(s, s - t). mask [B, T] -> [B, T].
+    """What a token counts in all traces of its completion: Σ_{s >= t} tr(s, s - t). mask [B, T] -> [B, T].
 
-    It is the transpose of trace, applied to ones: so autograd computes it. 0 on padding.
+    The transpose of trace, applied to mask: trace is linear, so autograd gives it at any x. 0 on padding.
     Example: three tokens, decay 1/2: recent [1.75, 1.5, 1], both [3, 1.5, 1].
     """
     mask = mask.to(torch.get_default_dtype())
@@ -187,19 +188,18 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     """The clipped surrogate, to be minimised: minus J of the top of the file. decay: γλ; style, variant: as the flags.
 
     logp, old_logp, weights (and ref_logp) [B, T], advantages [B] -> scalar, and sums over the tokens with a weight:
-    "trace_weight" (of tokens in all traces), and as in grpo.py
-    {"tokens", "clip_fraction" (where the clip stops the gradient), "kl" (k3 estimate of KL(old || new))}.
-    Example: log-ratio 0.5, advantage 1, weight 1 -> loss -1.2, clipped; with advantage -1 -> loss 1.65.
+    {"tokens", "clip_fraction" (where the clip stops the gradient), "kl" (k3 estimate of KL(old || new), not traced),
+    "trace_weight" (of trace_weights)}. Example: two tokens of log-ratio 0.1, decay 1/2, recent: ratios e^0.1, e^0.15.
     """
     counted = weights > 0  # padding is left out, whatever stands there
     log_ratio = torch.where(counted, logp - old_logp, 0.0)
-    traced = trace(log_ratio, decay, style) if variant == "trace" else log_ratio
+    traced = trace(log_ratio, decay, style).clamp(max=20) if variant == "trace" else log_ratio  # exp stays finite
     ratio = torch.where(counted, traced, 0.0).exp()
     advantages = advantages[:, None]  # [B, 1]
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    credit = trace_weights(counted, decay, style)
-    terms = torch.minimum(unclipped, clipped) * (credit if variant == "weight" else 1)
+    credit = trace_weights(counted, decay, style)  # [B, T], for "trace" only a statistic
+    terms = torch.minimum(unclipped, clipped) * (credit if variant == "weight" else 1.0)  # [B, T]
     loss = -(weights * terms).sum()
     if beta > 0:
         log_ref = torch.where(counted, ref_logp - logp, 0.0)
@@ -374,10 +374,8 @@ class HFSampler:
         """Nothing to give back: the copy stays where it is."""
 
     def __call__(self, prompt_ids, n, seed, temperature):
-        """n completions of each prompt, prompt by prompt: token ids in, Completions out. Temperature 0 is greedy.
-
-        Completion k of prompt i depends on seed + i and k alone, not on what else is sampled with it.
-        """
+        """n Completions of each prompt, prompt by prompt. Number k of prompt i depends on seed + i and k alone, up to
+        rounding, not on what else is sampled with it. Temperature 0 is greedy."""
         asked = [(ids, (seed + i, k)) for i, ids in enumerate(prompt_ids) for k in range(n)]
         batches = [asked[start : start + 256] for start in range(0, len(asked), 256)]  # bounds the cache's memory
         return [completion for batch in batches for completion in self.sample(*zip(*batch), temperature)]
@@ -407,13 +405,14 @@ class HFSampler:
             going = ~torch.isin(ids[:, 0], stops)  # [B]
             if not going.any():
                 break
-            cache.batch_select_indices(going.nonzero()[:, 0])  # finished rows leave
+            if not going.all():  # finished rows leave
+                cache.batch_select_indices(going.nonzero()[:, 0])
             ids, mask, rows = ids[going], F.pad(mask[going], (0, 1), value=1), rows[going]
         return [Completion(ids, "stop" if ids[-1] in self.stops else "length", logps) for ids, logps in drawn]
 
 
 class VLLMSampler:
-    """Samples with vLLM, an engine on every rank. On a GPU it sleeps, without weights, from sleep to the next load."""
+    """Samples with vLLM, an engine on every rank. Between sleep and the next load it holds no GPU memory."""
 
     def __init__(self, args, tokenizer, device):
         self.on_gpu, self.max_new_tokens = device.type == "cuda", args.max_new_tokens

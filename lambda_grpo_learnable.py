@@ -126,7 +126,7 @@ def group_advantages(rewards, normalize_std=True):
 def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
     """What each token counts in the objective. mask [P, G, T] (1 on completion tokens) -> weights [P, G, T].
 
-    The normalisers of the table at the top, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
+    The normalisers of the table in grpo.py, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
     mask's own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
     """
     mask = mask.to(torch.get_default_dtype())  # float32; float64 where tests ask for it
@@ -349,10 +349,8 @@ class HFSampler:
         """Nothing to give back: the copy stays where it is."""
 
     def __call__(self, prompt_ids, n, seed, temperature):
-        """n completions of each prompt, prompt by prompt: token ids in, Completions out. Temperature 0 is greedy.
-
-        Completion k of prompt i depends on seed + i and k alone, not on what else is sampled with it.
-        """
+        """n Completions of each prompt, prompt by prompt. Number k of prompt i depends on seed + i and k alone, up to
+        rounding, not on what else is sampled with it. Temperature 0 is greedy."""
         asked = [(ids, (seed + i, k)) for i, ids in enumerate(prompt_ids) for k in range(n)]
         batches = [asked[start : start + 256] for start in range(0, len(asked), 256)]  # bounds the cache's memory
         return [completion for batch in batches for completion in self.sample(*zip(*batch), temperature)]
@@ -382,13 +380,14 @@ class HFSampler:
             going = ~torch.isin(ids[:, 0], stops)  # [B]
             if not going.any():
                 break
-            cache.batch_select_indices(going.nonzero()[:, 0])  # finished rows leave
+            if not going.all():  # finished rows leave
+                cache.batch_select_indices(going.nonzero()[:, 0])
             ids, mask, rows = ids[going], F.pad(mask[going], (0, 1), value=1), rows[going]
         return [Completion(ids, "stop" if ids[-1] in self.stops else "length", logps) for ids, logps in drawn]
 
 
 class VLLMSampler:
-    """Samples with vLLM, an engine on every rank. On a GPU it sleeps, without weights, from sleep to the next load."""
+    """Samples with vLLM, an engine on every rank. Between sleep and the next load it holds no GPU memory."""
 
     def __init__(self, args, tokenizer, device):
         self.on_gpu, self.max_new_tokens = device.type == "cuda", args.max_new_tokens

@@ -1,4 +1,4 @@
-"""What several tests share: the scripts under test, and a way to run them as a user does."""
+"""What several tests share: the scripts under test, a way to run them as a user does, and what is left out without --all."""
 
 import contextlib
 import importlib
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,65 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked long: whole runs, kills, clusters (minutes)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes its time, and is run with --all only")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is long, unless --all; put what waits for the toys, which run beside the others, at the end."""
+    left_out = [] if config.option.all else [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = sorted((item for item in items if item not in left_out), key=lambda item: "toys" in item.fixturenames)
+    config.left_out = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if getattr(config, "left_out", 0):
+        terminalreporter.write_line(f"{config.left_out} long tests were left out (deselected): --all runs them, too")
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each of the scripts in turn, imported."""
     return importlib.import_module(request.param)
+
+
+FIRST = [SCRIPTS[0], *(pytest.param(name, marks=pytest.mark.long) for name in SCRIPTS[1:])]
+
+
+@pytest.fixture(params=FIRST)
+def first_script(request):
+    """grpo.py, which stands for all where they are the same; with --all each of the scripts in turn."""
+    return importlib.import_module(request.param)
+
+
+class Toys:
+    """toys[script]: (folder, finished process) of its embedded default. They run one after the other, beside the tests."""
+
+    def __init__(self, folder):
+        pool = ThreadPoolExecutor(1)
+        self.runs = {name: (folder / name, pool.submit(launch, [f"{name}.py", "--output_dir", folder / name, "--seed", 1]))
+                     for name in SCRIPTS}
+
+    def __getitem__(self, name):
+        folder, process = self.runs[name]
+        return folder, process.result()
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_toys(request):
+    """With the first test, if any test will ask for them."""
+    if any("toys" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("toys")
 
 
 def launch(arguments, ranks=None, wait=True, cwd=ROOT, **environment):

@@ -80,13 +80,16 @@ def train(script, steps=1, shared_prefixes=True, **changes):
     return metrics, {key: tensor.clone() for key, tensor in script.full_weights(policy, torch.float32)}
 
 
+def run_case(case):
+    """What train returns for script/variant:micro_batch_tokens."""
+    name, variant, budget = case.replace("/", ":").split(":")
+    return train(importlib.import_module(name), micro_batch_tokens=int(budget), **VARIANTS[name][variant])
+
+
 def main():
     output, *cases = sys.argv[1:]
     dist.init_process_group("gloo")
-    results = {}
-    for case in cases:
-        name, variant, budget = case.replace("/", ":").split(":")
-        results[case] = train(importlib.import_module(name), micro_batch_tokens=int(budget), **VARIANTS[name][variant])
+    results = {case: run_case(case) for case in cases}
     if dist.get_rank() == 0:
         torch.save(results, output)
     dist.destroy_process_group()

@@ -27,6 +27,7 @@ def rows(output):
     return [(line[0], line[6:76].strip(), line[76:].split("  ")[0].strip() or line[76:].strip()) for line in lines]
 
 
+@pytest.mark.long
 def test_quick_prints_every_part():
     halves = [launch(["tests/benchmark.py", "--quick", "--only", only], wait=False) for only in ("a,b,e,g", "c,d,f")]
     found = {part: [] for part in EXPECTED}

@@ -16,6 +16,8 @@ from conftest import ROOT, SCRIPTS, launch, metrics
 from test_run import newest, quick, wait_for
 
 
+pytestmark = pytest.mark.long
+
 
 def ranks_of(process):
     """Process ids of the ranks that a torchrun started, by rank."""

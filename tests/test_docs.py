@@ -126,9 +126,11 @@ class Clone:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+def clone(tmp_path_factory, request):
     torch.set_default_dtype(torch.float32)
-    return Clone(tmp_path_factory.mktemp("clone"))
+    clone = Clone(tmp_path_factory.mktemp("clone"))
+    clone.launched = not request.config.option.all  # torchrun itself is started with --all only
+    return clone
 
 
 def small(words):
@@ -139,7 +141,7 @@ def small(words):
             known = name == "arithmetic" or name in evaluation.HUB or re.search(r"\.(jsonl|parquet)$|/", name)
             assert known, f"no data set is called {name}"
     replaced = {"--model": str(ROOT / "tests" / "tiny"), "--dataset": "my.jsonl", "--eval_dataset": "my.jsonl",
-                "--benchmarks": "my.jsonl", "--sampler": "hf", "--vllm_tp": "1", "--wandb": ""}
+                "--benchmarks": "my.jsonl", "--sampler": "hf", "--wandb": ""}
     return [replaced.get(flag, word) for flag, word in zip(["", *words], words)]
 
 

@@ -168,13 +168,14 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_hostile_answers():
+@pytest.mark.parametrize("answers", [HOSTILE[::8], pytest.param(HOSTILE, marks=pytest.mark.long)], ids=["few", "all"])
+def test_hostile_answers(answers):
     """None hangs the batch, none is right; good ones among and after them are; dead workers are counted and replaced."""
     gold, deadline = "5", 2.0  # on a busy machine a good answer may take one
     good = [(boxed(f"{n} + x"), f"x + {n}") for n in range(50)]  # each needs a worker
-    hostile = [(boxed(answer), gold) for answer in HOSTILE]
+    hostile = [(boxed(answer), gold) for answer in answers]
     mixed = [pair for pairs in itertools.zip_longest(hostile, good) for pair in pairs if pair]
-    assert len(hostile) >= 100
+    assert len(hostile) >= 12
     with ev.Grader(workers=2, deadline=deadline) as grader:
         start = time.perf_counter()
         verdicts = grader.grade_all(mixed)
@@ -190,6 +191,7 @@ def test_hostile_answers():
         assert len(grader.running) == 2
 
 
+@pytest.mark.long
 def test_memory_limit():
     """A worker that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
     with ev.Grader(workers=1, deadline=30, memory_gb=0.5) as grader:
@@ -274,6 +276,7 @@ def is_alive(pid):
     return bool(status) and not status.startswith("Z")
 
 
+@pytest.mark.long
 def test_no_orphans_when_parent_is_killed():
     """One worker idle, one hanging in sympy: both end by themselves."""
     parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
@@ -341,6 +344,7 @@ def test_next_rows_gold_is_wrong(name, grader):
     assert all(verdict for (gold, following), verdict in zip(pairs, verdicts) if gold == following)
 
 
+@pytest.mark.long
 def test_gsm8k_train_loads_fast():
     path = bench("gsm8k_train")
     start = time.perf_counter()
@@ -713,6 +717,7 @@ def test_help_and_bad_input(tmp_path):
 SAMPLED = ("--model", TINY, "--limit", 48, "--n", 4, "--batch_size", 32)
 
 
+@pytest.mark.long
 def test_killed_and_resumed(tmp_path):
     """Killed in the middle of a run, with a torn last line, it goes on, samples nothing twice, and ends with the same file."""
     assert run(*SAMPLED, "--out", tmp_path / "whole").returncode == 0
@@ -741,6 +746,7 @@ def test_killed_and_resumed(tmp_path):
     assert killed.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.long
 def test_two_ranks_and_one(tmp_path):
     """The same table under greedy decoding; and two ranks, resumed, leave what stands in their files."""
     arguments = ["--model", str(TINY), "--limit", "15", "--out"]
@@ -756,6 +762,7 @@ def test_two_ranks_and_one(tmp_path):
     assert summaries[0] == summaries[1] and done.stdout.count("arithmetic") == 2
 
 
+@pytest.mark.long
 def test_interrupt():
     command = [sys.executable, str(ROOT / "eval.py"), "--model", str(TINY), "--n", "64"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN_ENVIRONMENT)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,6 @@ OWN_KEYS = {
     "lambda_grpo_prm": ["nontrivial_trees", "path_depth", "intermediate_proportion", "process_set_size"],
 }
 QUICK = ["--prompts_per_step", 4, "--group_size", 4, "--eval_dataset", ""]
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """{script: (folder, finished process)} of the embedded default, two scripts at a time."""
-    folder = tmp_path_factory.mktemp("toys")
-    with ThreadPoolExecutor(2) as pool:
-        runs = {name: pool.submit(launch, [f"{name}.py", "--output_dir", folder / name, "--seed", 1]) for name in SCRIPTS}
-    return {name: (folder / name, run.result()) for name, run in runs.items()}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -157,6 +147,10 @@ def test_bad_input(script, tmp_path, monkeypatch, capsys):
 def test_bad_input_from_the_shell():
     done = launch(["grpo.py", "--group_size", 1])
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_help_from_the_shell():
     done = launch([f"{SCRIPTS[-1]}.py", "--help"])
     assert done.returncode == 0 and "--group_size" in done.stdout
 
@@ -173,13 +167,14 @@ def quick(name, run, steps, *more):
     return [f"{name}.py", *QUICK, "--steps", steps, "--save_every", 1, "--output_dir", run, *more]
 
 
-def test_killed_and_resumed(script, tmp_path, monkeypatch):
+def test_killed_and_resumed(first_script, tmp_path, monkeypatch, request):
     """SIGKILL while a checkpoint is written, then at random moments: the same metrics as never killed, bit for bit.
 
-    GRPO_KILLS=10 makes it ten kills for each script, the first three of them while a checkpoint is written.
+    grpo.py once, with --all three times and each variant once; GRPO_KILLS=10 makes it ten for each, the first three of
+    them while a checkpoint is written.
     """
-    name = script.SCRIPT
-    kills = int(os.environ.get("GRPO_KILLS", 3 if name == "grpo" else 1))
+    script, name = first_script, first_script.SCRIPT
+    kills = int(os.environ.get("GRPO_KILLS", 3 if name == "grpo" and request.config.option.all else 1))
     steps, in_the_act = 4 + 4 * kills, min(3, (kills + 1) // 2)
     run, generator = tmp_path / "killed", random.Random(name)
     checkpoints = run / "checkpoints"
@@ -230,8 +225,9 @@ def run_here(script, arguments, monkeypatch):
         script.dist.destroy_process_group()
 
 
-def test_nan_stops_before_the_update(script, tmp_path, monkeypatch, capsys):
+def test_nan_stops_before_the_update(first_script, tmp_path, monkeypatch, capsys):
     """A loss that turns NaN at step 3: a message, exit code 1, and the checkpoint of step 2 is good to go on from."""
+    script = first_script
     honest, calls = script.policy_loss, []
 
     def broken(*arguments, **options):
@@ -251,6 +247,32 @@ def test_nan_stops_before_the_update(script, tmp_path, monkeypatch, capsys):
     assert metrics(run) == metrics(tmp_path / "whole")
 
 
+def test_sigterm_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
+    """A notice in the middle of step 2: that step is finished and saved, exit code 0; resumed it is a run never stopped."""
+    grpo = importlib.import_module("grpo")
+    honest, steps = grpo.rewards_of, []
+
+    def noticed(*arguments):
+        steps.append(True)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*arguments)
+
+    monkeypatch.setattr(grpo, "rewards_of", noticed)
+    arguments = [*quick("grpo", tmp_path / "run", 3), "--save_every", 0]
+    assert run_here(grpo, arguments, monkeypatch) == 0
+    assert "SIGTERM: saved after step 2" in capsys.readouterr().out and newest(tmp_path / "run" / "checkpoints") == 2
+    assert not (tmp_path / "run" / "final").exists()
+    assert run_here(grpo, ["grpo.py", "--resume", tmp_path / "run"], monkeypatch) == 0
+    assert "steps 3 to 3" in capsys.readouterr().out
+    assert run_here(grpo, ["grpo.py", "--resume", tmp_path / "run"], monkeypatch) == 0  # as if killed while writing final/
+    said = capsys.readouterr().out
+    assert "all 3 steps of" in said and "to 3" not in said
+    assert run_here(grpo, quick("grpo", tmp_path / "whole", 3), monkeypatch) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.long
 def test_interrupted(tmp_path):
     """Ctrl-C reaches the whole process group: one line, exit code 130, no worker left."""
     run = tmp_path / "run"
@@ -262,7 +284,7 @@ def test_interrupted(tmp_path):
     assert "Traceback" not in errors and errors.replace("\r", "\n").splitlines()[-1].startswith("error: interrupted")
 
 
-@pytest.mark.parametrize("name", ["grpo.py", "eval.py"])
+@pytest.mark.parametrize("name", ["grpo.py", pytest.param("eval.py", marks=pytest.mark.long)])
 def test_interrupted_in_the_first_second(name, tmp_path):
     """While the slow imports go on, too: one line, exit code 130."""
     process = launch([name, *(["--model", TINY] if name == "eval.py" else ["--output_dir", tmp_path / "run"])], wait=False)
@@ -276,20 +298,22 @@ def test_interrupted_in_the_first_second(name, tmp_path):
     assert len(errors.splitlines()) == 1 and errors.startswith("error: interrupted")
 
 
+@pytest.mark.long
 def test_progress_bar_on_a_terminal(tmp_path):
     """Where stderr is a terminal there is a bar, with the phase that is on; elsewhere there is none (test_toy_run)."""
     code, shown = on_a_terminal(quick("grpo", tmp_path / "run", 2))
     assert code == 0 and b"2/2" in shown and b"sampling" in shown and b"training" in shown
 
 
-def test_copied_elsewhere(script, tmp_path):
+def test_copied_elsewhere(first_script, tmp_path):
     """A script and eval.py are enough: in a folder of their own they train and evaluate, with --model given."""
+    script = first_script
     for name in (f"{script.SCRIPT}.py", "eval.py"):
         shutil.copy(ROOT / name, tmp_path)
     arguments = quick(script.SCRIPT, "run", 1, "--model", TINY, "--dataset", "arithmetic", "--max_new_tokens", 20)
     done = launch(arguments, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr[-3000:]
-    if script.SCRIPT == "grpo":
+    if script.SCRIPT == "lambda_grpo_prm":
         done = launch(["eval.py", "--model", "run/final", "--limit", 8], cwd=tmp_path, PYTHONPATH="")
         assert done.returncode == 0 and "run/final" in done.stdout, done.stderr[-3000:]
 
@@ -305,11 +329,11 @@ def test_folder_without_checkpoint_is_used_again(tmp_path, monkeypatch):
     assert [row["step"] for row in metrics(run)] == [1, 2] and all("reward" in row for row in metrics(run))
 
 
-def test_no_group_tells_anything(tmp_path):
+def test_no_group_tells_anything(tmp_path, monkeypatch):
     """All answers wrong in every group: no error, no gradient, parameters unchanged."""
     (tmp_path / "impossible.jsonl").write_text('{"problem": "1+1+1+1?", "answer": "5"}\n' * 4)
-    done = launch(quick("grpo", tmp_path / "run", 2, "--dataset", tmp_path / "impossible.jsonl"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = quick("grpo", tmp_path / "run", 2, "--dataset", tmp_path / "impossible.jsonl")
+    assert run_here(importlib.import_module("grpo"), arguments, monkeypatch) == 0
     for row in metrics(tmp_path / "run"):
         assert row["zero_variance"] == 1 and row["grad_norm"] == 0 and row["loss"] == 0
     final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
@@ -320,6 +344,7 @@ def test_no_group_tells_anything(tmp_path):
     assert all((before[key] == after[key]).all() for key in before)
 
 
+@pytest.mark.long
 def test_two_ranks_from_the_shell(tmp_path):
     """torchrun, a whole short run, its checkpoint and its end; then on with one rank."""
     run = tmp_path / "run"

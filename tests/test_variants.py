@@ -442,3 +442,13 @@ def test_trees_that_are_trivial():
         ids, mask = padded([group])
         statistics = prm.tree_statistics(prm.process_set_sizes(ids, mask), mask)
         assert statistics["nontrivial_trees"] == statistics["path_depth"] == statistics["intermediate_proportion"] == 0
+
+
+def test_a_traced_ratio_that_would_overflow():
+    """A thousand tokens that all became likelier: the clip holds, and neither loss nor gradient is NaN."""
+    for advantage in (1.0, 0.0, -0.1):
+        new = torch.full((1, 1000), 0.6, dtype=torch.float32).requires_grad_()
+        weights = torch.full((1, 1000), 1e-3, dtype=torch.float32)
+        loss, _ = traces.policy_loss(new, torch.zeros(1, 1000), torch.tensor([advantage]), weights)
+        loss.backward()
+        assert loss.isfinite() and new.grad.isfinite().all()

@@ -171,7 +171,8 @@ def test_evaluation(tmp_path):
     for name, more, ranks in (("hf", [], None), ("one", ["--sampler", "vllm"], None), ("ranks", ["--sampler", "vllm"], 2),
                               ("parallel", ["--sampler", "vllm", "--vllm_tp", 2], None)):
         arguments = [*asked, *more, "--out", tmp_path / name]
-        done = start(["--", *arguments] if ranks else arguments, ranks=ranks)
+        two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if name == "parallel" else {}  # a core for each of the engine's workers
+        done = start(["--", *arguments] if ranks else arguments, ranks=ranks, **two)
         assert done.returncode == 0, (name, done.stderr[-3000:])
         rows = [json.loads(line) for file in tmp_path.glob(f"{name}/*/*.jsonl") for line in file.read_text().splitlines()]
         completions[name] = {row["index"]: row["completion"] for row in rows}
