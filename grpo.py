@@ -325,39 +325,43 @@ class HFSampler:
     def __call__(self, prompt_ids, n, seed, temperature):
         """n Completions of each prompt, prompt by prompt. Number k of prompt i depends on seed + i and k alone, up to
         rounding, not on what else is sampled with it. Temperature 0 is greedy."""
-        asked = [(ids, (seed + i, k)) for i, ids in enumerate(prompt_ids) for k in range(n)]
-        batches = [asked[start : start + 256] for start in range(0, len(asked), 256)]  # bounds the cache's memory
-        return [completion for batch in batches for completion in self.sample(*zip(*batch), temperature)]
+        size = max(1, 256 // n)  # prompts at a time: bounds the memory of the cache
+        starts = range(0, len(prompt_ids), size)
+        return [c for i in starts for c in self.sample(prompt_ids[i : i + size], n, seed + i, temperature)]
 
-    @torch.no_grad()
-    def sample(self, prompts, seeds, temperature):
-        """A completion of each prompt [B][ids], drawn by inverse transform from a uniform number for each token."""
+    @torch.inference_mode()
+    def sample(self, prompts, n, seed, temperature):
+        """B = len(prompts) · n completions, drawn by inverse transform from a uniform number for each token."""
         device, width = self.model.device, max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, S]
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        uniform = np.stack([np.random.default_rng(seed).random(self.max_new_tokens) for seed in seeds])  # [B, T]
+        seeds = [(seed + i, k) for i in range(len(prompts)) for k in range(n)]
+        uniform = np.stack([np.random.default_rng(own).random(self.max_new_tokens) for own in seeds])  # [B, T]
         uniform, stops = torch.tensor(uniform, device=device), torch.tensor(self.stops, device=device)
-        cache, rows = DynamicCache(config=self.model.config), torch.arange(len(prompts), device=device)
-        drawn = [([], []) for _ in prompts]  # token ids and log-probabilities
+        cache, rows = DynamicCache(config=self.model.config), torch.arange(len(seeds), device=device)
+        drawn = [[] for _ in seeds]  # (token, its log-probability) of each completion
         for t in range(self.max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # they count from behind the padding
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-            logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()  # [B, V]
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)
+            logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            if t == 0:  # a prompt's keys and values are computed once, and serve its n completions
+                cache.batch_repeat_interleave(n)
+                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # [B, V], [B, S]
+            logp = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
             ids = logp.argmax(-1, keepdim=True)  # [B, 1]
             if temperature > 0:
                 below = logp.double().exp().cumsum(-1)  # in float32 the tail of a large vocabulary would be lost
                 ids = torch.searchsorted(below, uniform[rows, t, None] * below[:, -1:], right=True)
             for row, token, value in zip(rows.tolist(), ids[:, 0].tolist(), logp.gather(-1, ids)[:, 0].tolist()):
-                drawn[row][0].append(token)
-                drawn[row][1].append(value)
+                drawn[row].append((token, value))
             going = ~torch.isin(ids[:, 0], stops)  # [B]
             if not going.any():
                 break
             if not going.all():  # finished rows leave
                 cache.batch_select_indices(going.nonzero()[:, 0])
             ids, mask, rows = ids[going], F.pad(mask[going], (0, 1), value=1), rows[going]
-        return [Completion(ids, "stop" if ids[-1] in self.stops else "length", logps) for ids, logps in drawn]
+        pairs = [tuple(map(list, zip(*completion))) for completion in drawn]
+        return [Completion(ids, "stop" if ids[-1] in self.stops else "length", logps) for ids, logps in pairs]
 
 
 class VLLMSampler:
@@ -432,16 +436,14 @@ class Policy(torch.nn.Module):
         """hidden [N, H], targets [N] -> log-probabilities [N] in float32, entropies [N] without gradient."""
         logits = F.linear(hidden, weight, bias).float().div_(self.temperature)  # [N, V]
         logp = logits.log_softmax(-1)  # [N, V]
-        with torch.no_grad():
+        chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.no_grad():  # behind all that needs a gradient: so the backward pass does not compute it again
             entropy = -torch.linalg.vecdot(logp.exp(), logp)
-        return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+        return chosen, entropy
 
 
 def load_policy(args, device, trainable=True):
-    """The sharded model: fp32 weights, bf16 compute on GPU. Shards inside a node, replicas across nodes.
-
-    Every rank maps the files, which a node's ranks share in memory, and only its own shards become fp32.
-    """
+    """The sharded policy: fp32 weights (a rank maps the files, and only its own shards become fp32), bf16 on GPUs."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     with torch.no_grad():
@@ -453,7 +455,7 @@ def load_policy(args, device, trainable=True):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
             layer.training = True  # of the layer alone: checkpointing asks for it, the dropout inside stays off
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
     mesh = init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     for module in [*layers, policy]:
@@ -542,8 +544,7 @@ def check_args(args):
         check(getattr(args, name) > 0, f"--{name} must be above 0")
     check(args.gpu_memory_utilization < 1, "--gpu_memory_utilization must be below 1")
     check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions of one prompt")
-    check(args.clip_low < 1, "--clip_low must be below 1")
-    check(args.tis_cap >= 1, "--tis_cap must be at least 1")
+    check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     check(not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb")

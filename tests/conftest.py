@@ -67,18 +67,29 @@ class Toys:
     """toys[script]: (folder, finished process) of its embedded default. They run one after the other, beside the tests."""
 
     def __init__(self, folder):
-        pool = ThreadPoolExecutor(1)
-        self.runs = {name: (folder / name, pool.submit(launch, [f"{name}.py", "--output_dir", folder / name, "--seed", 1]))
-                     for name in SCRIPTS}
+        self.folder, self.running, self.pool = folder, None, ThreadPoolExecutor(1)
+        self.runs = {name: self.pool.submit(self.run, name) for name in SCRIPTS}
+
+    def run(self, name):
+        self.running = launch([f"{name}.py", "--output_dir", self.folder / name, "--seed", 1], wait=False)
+        stdout, stderr = self.running.communicate()
+        return subprocess.CompletedProcess(name, self.running.returncode, stdout, stderr)
 
     def __getitem__(self, name):
-        folder, process = self.runs[name]
-        return folder, process.result()
+        return self.folder / name, self.runs[name].result()
+
+    def close(self):
+        """When the tests end before they have asked for all."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.running and self.running.poll() is None:
+            self.running.kill()
 
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
-    return Toys(tmp_path_factory.mktemp("toys"))
+    toys = Toys(tmp_path_factory.mktemp("toys"))
+    yield toys
+    toys.close()
 
 
 @pytest.fixture(scope="session", autouse=True)
