@@ -316,7 +316,7 @@ def main():
                 return
 
     save_final(policy, tokenizer, run / "final")
-    say(f"the model is in {run / 'final'}, the metrics of every step are in {run / 'metrics.jsonl'}")
+    say(f"the model is in {run / 'final'}, every step's metrics in {run / 'metrics.jsonl'}")
 
 
 # ===== From here on: machinery, the same for every method =============================================================

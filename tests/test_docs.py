@@ -1,7 +1,4 @@
-"""README against the code: its commands run, what it names exists, its figures have a command, its own variant works.
-
-Another text, such as a draft, is checked with GRPO_README=path.
-"""
+"""README.md and tests/README.md against the code: commands run, what is named exists, figures have a command, GMPO works."""
 
 import argparse
 import importlib
@@ -27,7 +24,8 @@ from transformers import HfArgumentParser
 import eval as evaluation
 import grpo
 
-README = Path(os.environ.get("GRPO_README", ROOT / "README.md")).read_text()
+PAGES = [(ROOT / "README.md").read_text(), (ROOT / "tests" / "README.md").read_text()]
+README = "\n".join(PAGES)
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 FENCED = FENCE.findall(README)  # [(language, content)]
 SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", README))]
@@ -55,7 +53,7 @@ def commands():
 def gmpo_source():
     """grpo.py with README's diff applied: by content, not by line number."""
     text = (ROOT / "grpo.py").read_text()
-    (diff,) = [content for language, content in FENCED if language == "diff"]
+    (diff,) = [content for language, content in FENCED if language == "diff" and "+++ gmpo.py" in content]
     hunks = re.findall(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n((?:[ +-].*\n)+)", diff, re.M)
     assert hunks, "no hunk in README's diff"
     changed = 0
@@ -147,6 +145,8 @@ def small(words):
 
 def training(clone, words):
     """Run, on the tiny model with two small steps."""
+    if "--help" in words:
+        return clone.run(words[1], words[2:])
     clone.train(Path(words[1]).name, words[2:])
 
 
@@ -240,7 +240,8 @@ def test_files(clone):
         if re.match(r"\.venv/|[A-Z]\w*/", name) or name in ("X.py", "gmpo.py"):  # an environment, a hub id
             continue
         place = re.sub(r"^runs/[^/]+/?", "", name)
-        assert (ROOT / name).exists() or (run / place).exists(), f"README names {name}, which does not exist"
+        places = (ROOT / name, ROOT / "tests" / name, run / place)
+        assert any(found.exists() for found in places), f"README names {name}, which does not exist"
 
 
 def parsers():
@@ -264,13 +265,39 @@ def test_flags():
 def test_metrics(clone):
     """The table of the metrics and the rows that the four scripts write name the same keys."""
     written = {key for name in SCRIPTS for row in metrics(clone.folder / clone.run_of(name), timed=True) for key in row}
-    (section,) = re.findall(r"^## Metrics\n(.*?)(?=^## |\Z)", README, re.M | re.S)
+    (section,) = re.findall(r"What the metrics mean</summary>\n(.*?)</details>", README, re.S)
     named = []
     for cell in re.findall(r"^\| (.*?) \|", section, re.M):
         for key in re.findall(r"`(\w+)`", cell):  # `seconds_sampling`, `_grading`: the first part is not repeated
             named.append(named[-1].rsplit("_", 1)[0] + key if key.startswith("_") else key)
     assert sorted(set(named) - written) == [], "README explains metrics that no script writes"
     assert sorted(written - set(named)) == [], "README does not explain metrics that a script writes"
+
+
+def test_diffs_that_are_shown():
+    """The front page's diffs: each line stands in grpo.py or in the variant that the text before names."""
+    shown = re.findall(r"\(`diff grpo.py (\w+)\.py`\).*?```diff\n(.*?)```", PAGES[0], re.S)
+    assert [name for name, _ in shown] == SCRIPTS[1:]
+    for name, diff in shown:
+        for line in diff.splitlines():
+            source = (ROOT / f"{name if line[0] == '+' else 'grpo'}.py").read_text()
+            assert line[1:] in source, f"README shows {line!r}"
+
+
+def test_the_front_page_is_short():
+    lines = [line for line in PAGES[0].splitlines() if not line.startswith("|")]
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120
+
+
+def test_the_reward_that_is_shown():
+    """README's example of a reward of one's own, in the place of a script's."""
+    (source,) = [content for language, content in FENCED if language == "python"]
+    names = {}
+    exec(source, names)
+    with evaluation.Grader(workers=1) as grader:
+        rows = [{"problem": "1+1?", "answer": "2"}] * 3
+        rewards = names["rewards_of"](["\\boxed{2}", "\\boxed{3}", "3"], rows, grader)
+    assert rewards == pytest.approx([1.0, 0.1, 0.0])
 
 
 def test_names():
