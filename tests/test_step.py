@@ -92,8 +92,14 @@ def test_micro_batches_of_a_rank_that_is_short_of_them(script, alone, monkeypatc
     assert sorted(row for rows in batches for row in rows) == list(range(14))
 
 
-def test_step_is_the_objective(alone):
-    """The first update's gradient norm, from the whole objective in float64 and full logits. The EOS token is trained."""
+@pytest.mark.parametrize("name, off, least", [
+    ("grpo", {}, float("-inf")), ("grpo_lambda_traces", {"lam": 0.0, "style": "recent"}, -0.1),
+])
+def test_step_is_the_objective(alone, name, off, least):
+    """The first update's gradient norm, from the whole objective in float64 and full logits. The EOS token is trained.
+
+    And of the traces without their trace, which are GRPO with advantages that are not below -0.1.
+    """
     import grpo
 
     prompts, completions, rewards = rollouts(grpo)
@@ -104,11 +110,11 @@ def test_step_is_the_objective(alone):
         for i, completion in enumerate(group):
             ids = torch.tensor([prompt + completion.ids])
             logp = net(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
-            advantage = centred[i] / (rewards[p].double().std() + 1e-4)
+            advantage = (centred[i] / (rewards[p].double().std() + 1e-4)).clamp(min=least)
             total = total - advantage * logp[len(prompt) - 1 :].mean() / (GROUP * PROMPTS)
     total.backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).norm().item()
-    assert train(grpo)[0]["grad_norm"] == pytest.approx(expected, rel=1e-5)
+    assert train(importlib.import_module(name), **off)[0]["grad_norm"] == pytest.approx(expected, rel=1e-5)
 
 
 SWITCHED_OFF = {  # what turns a variant's idea off, and the --loss of grpo.py that is left; the prm's needs distinct prefixes
