@@ -28,7 +28,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
