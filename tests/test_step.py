@@ -1,6 +1,7 @@
 """One training step: whatever the micro-batches and the number of ranks, the same loss, gradient norm and parameters."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -169,3 +170,27 @@ def test_importance_weights_and_the_alarm(alone, name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         step(0.6)
     assert stop.value.code == 1 and "Δ log p" in capsys.readouterr().err
+
+
+def test_lambda_of_the_step_is_the_objectives(alone):
+    """λ goes down the slope of the loss, by a difference quotient of the formula: on-policy a token's term is its A."""
+    import lambda_grpo_learnable as script
+
+    _, completions, rewards = rollouts(script)
+    lengths = [[len(c.ids) for c in completions[p * GROUP : (p + 1) * GROUP]] for p in range(PROMPTS)]
+
+    def loss(lam):
+        total = 0.0
+        for group, earned in zip(lengths, rewards.double()):
+            advantages = (earned - earned.mean()) / (earned.std() + 1e-4)
+            mean = sum(group) / GROUP
+            std = math.sqrt(sum((length - mean) ** 2 for length in group) / GROUP)
+            powers = [math.exp((1 + (length - mean) / std / 9) ** lam) for length in group]
+            f = [GROUP * power / sum(powers) for power in powers]
+            total -= sum(f[i] * group[i] * advantages[i].item() for i in range(GROUP)) / sum(group) / PROMPTS
+        return total
+
+    metrics, _ = train(script, lam_init=0.5, lam_lr=0.1, micro_batch_tokens=SMALL)
+    slope = (loss(0.5 + 1e-5) - loss(0.5 - 1e-5)) / 2e-5
+    assert abs(slope) > 1e-3 and metrics["lam_grad"] == pytest.approx(slope, rel=1e-4)
+    assert metrics["lam"] == pytest.approx(0.5 - 0.1 * slope, rel=1e-5)
