@@ -90,6 +90,10 @@ def main():
     output, *cases = sys.argv[1:]
     dist.init_process_group("gloo")
     results = {case: run_case(case) for case in cases}
+    import grpo
+
+    policy = grpo.load_policy(grpo.Args(model=str(TINY)), torch.device("cpu"))
+    grpo.save_final(policy, transformers.AutoTokenizer.from_pretrained(TINY), Path(f"{output}-final"))
     if dist.get_rank() == 0:
         torch.save(results, output)
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ import importlib
 import math
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import SCRIPTS, TINY, launch
@@ -27,6 +28,8 @@ def results(tmp_path_factory, request):
         done = launch(["tests/step_worker.py", folder / str(ranks), *(f"{case}:{SMALL}" for case in CASES)], ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         found.update({(ranks, case): result for case, result in torch.load(folder / str(ranks)).items()})
+        here, there = (safetensors.torch.load_file(where / "model.safetensors") for where in (folder / f"{ranks}-final", TINY))
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in there)  # tied ones: once
     return found
 
 
