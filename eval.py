@@ -320,7 +320,7 @@ def judge_text(gold, answer):
         inside = NUMBER_IN_WORDS.fullmatch(words)
         if inside and not WORDS_THAT_COUNT.search(words.lower()):
             answer = clean(inside[1])
-        if UNFINISHED.search(answer.rpartition("=")[2]):
+        if UNFINISHED.search(answer.rpartition("=")[2]) or "\\infty" in answer:  # math-verify may take ∞^∞ for any number
             return False
         return same_number(gold, answer)
     bases = [re.fullmatch(r"(\d+)_\{?(\d+)\}?", text) for text in (gold, answer)]  # math-verify ignores the base
@@ -399,6 +399,7 @@ class Grader:
             worker = self.running.get(threading.get_ident())
             if worker is None or worker.poll() is not None:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+                pipes["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # some of sympy's verdicts hang on the order of sets
                 worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
                 self.running[threading.get_ident()] = worker
             try:

@@ -104,6 +104,19 @@ def test_wrong_answers(grader):
     assert [pair for pair, verdict in zip(WRONG, verdicts) if verdict] == []
 
 
+def test_plain_numbers_are_equal_to_six_decimals():
+    """Half a millionth is the bound, below 1 of the number itself: on both sides of it."""
+    for gold, near, far in (("3", "3.0000004", "3.0000006"), ("1234567", "1234567.0000004", "1234567.000001"),
+                            ("0.25", "0.2500001", "0.25000013"), ("-2.5", "-2.5000004", "-2.5000006")):
+        assert ev.same_number(gold, near) is True and ev.same_number(gold, far) is False, gold
+
+
+def test_infinity_is_no_number(grader):
+    r"""With one order of sets in eight sympy took \infty^{\infty} for 5."""
+    assert grader.grade_all([(boxed(answer), "5") for answer in ("\\infty^{\\infty}", "\\infty", "∞^∞")]) == [False] * 3
+    assert grader.grade(boxed("\\infty"), "\\infty")
+
+
 def test_last_boxed():
     assert ev.last_boxed("a \\boxed{1} b \\boxed{2}.") == "2"
     assert ev.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
