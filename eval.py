@@ -609,7 +609,7 @@ def start_vllm(model, args, dtype, longest, **options):
     except (ValueError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
-        sys.exit(f"error: rank {RANK}: vLLM does not fit: {error} Here: --gpu_memory_utilization "
+        sys.exit(f"error: rank {RANK}: vLLM does not fit: {' '.join(str(error).split())} Here: --gpu_memory_utilization "
                  f"{args.gpu_memory_utilization}; shorter prompts and a shorter --max_new_tokens need less")
 
 
