@@ -4,8 +4,9 @@ import importlib
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
-from conftest import SCRIPTS
+from conftest import SCRIPTS, TINY
 
 SMALL = dict(vocab_size=301, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, max_position_embeddings=512)
@@ -94,3 +95,31 @@ def test_padding_is_never_read():
     for row in range(6):
         input_ids[row, starts[row] + mask[row].sum() :] = 299
     torch.testing.assert_close(policy(input_ids, starts, mask)[0], logp, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loaded_sharded_and_saved_again(name, dtype, tmp_path, alone):
+    """Whatever type the files have: fp32 weights in training, log-probabilities of that model, and the same type and weights saved."""
+    import grpo
+
+    make(name).to(dtype).save_pretrained(tmp_path / "model")
+    policy = grpo.load_policy(grpo.Args(model=str(tmp_path / "model"), temperature=0.7), torch.device("cpu"))
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    input_ids, starts, mask, _ = batch()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").float().eval()
+    with torch.no_grad():
+        expected, _ = from_logits(plain, input_ids, starts, mask, 0.7)
+        torch.testing.assert_close(policy(input_ids, starts, mask)[0], expected, rtol=1e-5, atol=1e-5)
+    grpo.save_final(policy, transformers.AutoTokenizer.from_pretrained(TINY), tmp_path / "final")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype="auto")
+    assert again.dtype == dtype
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").state_dict()
+    assert all(torch.equal(tensor, there[key]) for key, tensor in again.state_dict().items())
