@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import mpmath  # of sympy, and so of math-verify
 import torch
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -36,7 +37,6 @@ PAPER = {  # (n, r_neg): target frequency of GRPO and λ-GRPO
     (1, -0.5): (0.3995, 0.5663), (1, -1.0): (0.0000, 0.7535), (1, -1.5): (0.2000, 0.4463),
     (2, -0.5): (0.1980, 0.4292), (2, -1.0): (0.0488, 0.3612), (2, -1.5): (0.0000, 0.3820),
 }
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %: 2, 3, .., 10 or more seeds
 
 
 def leaf_rewards(n, r_neg):
@@ -75,12 +75,25 @@ def train(divide, rewards, seed, steps, lr):
     return hits
 
 
+def two_sided(t, freedom):
+    """The chance that Student's t is beyond ±t."""
+    return float(mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
+
+
+def p_value(differences):
+    """Of a paired t-test: the chance of a mean at least so far from 0 if there were no difference."""
+    values = torch.tensor(differences, dtype=torch.float64)
+    error = values.std() / len(values) ** 0.5
+    return two_sided((values.mean() / error).item(), len(values) - 1) if error > 0 else 1.0
+
+
 def interval(values):
     """Mean and half-width of its 95 % interval over seeds: a rough one, seeds tend to find the target or to lose it."""
     values = torch.tensor(values)
     if len(values) == 1:
         return values.item(), math.nan
-    return values.mean().item(), (T95[min(len(values), 10) - 2] * values.std() / len(values) ** 0.5).item()
+    t = mpmath.findroot(lambda t: two_sided(t, len(values) - 1) - 0.05, (1.9, 13), solver="anderson")
+    return values.mean().item(), (float(t) * values.std() / len(values) ** 0.5).item()
 
 
 def main():
