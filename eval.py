@@ -23,7 +23,8 @@ are refused. Seed, settings and number of processes decide the completions.
 """
 
 import argparse
-import gc
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -36,8 +37,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -127,19 +130,22 @@ def usable(rows, name, wanted=PROBLEMS | ANSWERS):
         missing = [names for key, names in wanted.items() if columns[key] is None]
         fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in missing))
     texts = [{key: read_cell(row.get(column)) for key, column in columns.items()} for row in rows]
+    in_box = columns["answer"].lower() == "solution"
     for row in texts:
         if "####" in row["answer"]:  # GSM8K's "so she has 18 #### 18"
             row["answer"] = row["answer"].rpartition("####")[2]
-        elif "\\boxed" in row["answer"] or columns["answer"].lower() == "solution":
+        elif "\\boxed" in row["answer"] or in_box and not NUMBER.fullmatch(clean(row["answer"])):
             row["answer"] = last_boxed(row["answer"]) or ""
         row["answer"] = clean(row["answer"])
+        if len(re.findall(r"(?<![\\a-z])[a-z]{2,}", row["answer"], re.IGNORECASE)) > 12:  # words: a proof, no answer
+            row["answer"] = ""
     with Grader() as grader:
         readable = grader.readable({row["answer"] for row in texts})
     kept = [row for row in texts if row["answer"] in readable and row.get("problem") != ""]
-    if not kept:
-        fail(f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read")
+    where = " (in the column solution it must be a number, or stand in \\boxed{} or after ####)" if in_box else ""
+    check(kept, f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read{where}")
     if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an unusable answer")
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an unusable answer{where}")
     return kept
 
 
@@ -204,6 +210,8 @@ def use_cache_without_network():
 
 def load_tokenizer(name):
     """The tokenizer of a model's folder or hub id; what is no model ends the program with one line, at once."""
+    check(not os.path.isfile(name), f"{name} is a file: give the folder of a model in transformers' format, that is "
+          "config.json, weights in .safetensors and a tokenizer")
     if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         fail(f"there is no folder {name}, and it is no hub id owner/name")
     if not os.path.isdir(name):
@@ -224,29 +232,50 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def encode_prompt(tokenizer, problem):
-    """Token ids of the prompt: the tokenizer's chat template if it has one, else a plain question and answer."""
+def encode_prompt(tokenizer, problem, system=None):
+    """Token ids of the prompt: the tokenizer's chat template if it has one, else a plain question and answer.
+
+    system: what the template's system turn says (default: SYSTEM), or what stands before the plain question.
+    """
     if not tokenizer.chat_template:
-        return tokenizer.encode(PLAIN_PROMPT.format(problem=problem))
+        return tokenizer.encode((f"{system}\n\n" if system else "") + PLAIN_PROMPT.format(problem=problem))
     from jinja2.exceptions import TemplateError
 
+    system = SYSTEM if system is None else system
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": problem}]
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
     try:
         return tokenizer.apply_chat_template(turns, **options)
     except TemplateError:  # a template without system role (Gemma): the user says it
-        return tokenizer.apply_chat_template([{"role": "user", "content": f"{SYSTEM}\n\n{problem}"}], **options)
+        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{problem}"}], **options)
 
 
-def load_prompts(name, tokenizer, most):
-    """Problems to train on, each with its token ids as "prompt", and how many were skipped: those of over `most`."""
-    problems = load_problems(name, "train")
+def context_of(model):
+    """How many tokens a model can see at once."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", math.inf)
+
+
+def load_prompts(name, split, tokenizer, args):
+    """Problems with their token ids as "prompt", and how many were skipped: without a token, or too long.
+
+    A prompt may have args.max_prompt_tokens, and args.model must have room for it and args.max_new_tokens more.
+    """
+    problems = load_problems(name, split)
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
-        row["prompt"] = encode_prompt(tokenizer, row["problem"])
-    kept = [row for row in problems if 0 < len(row["prompt"]) <= most]
-    check(kept, f"--dataset {name}: all prompts are longer than --max_prompt_tokens {most}")
-    say(f"{name}: {len(kept)} prompts, {len(problems) - len(kept)} skipped")
-    return kept, len(problems) - len(kept)
+        row["prompt"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
+    lengths = [len(row["prompt"]) for row in problems]
+    kept = [row for row in problems if 0 < len(row["prompt"]) <= args.max_prompt_tokens]
+    empty, skipped = lengths.count(0), len(problems) - len(kept)
+    why = f": {empty} without a token, {skipped - empty} longer than --max_prompt_tokens {args.max_prompt_tokens}"
+    check(kept, f"{name}: no prompt is left{why}")
+    context, longest = context_of(args.model), max(len(row["prompt"]) for row in kept)
+    check(longest + args.max_new_tokens <= context,
+          f"{args.model} sees {context} tokens at once: the longest prompt has {longest}, so --max_new_tokens can be "
+          f"{context - longest} at most, or --max_prompt_tokens has to be lower")
+    say(f"{name}, {split}: {len(kept)} prompts, {skipped} skipped{why if skipped else ''}")
+    return kept, skipped
 
 
 # ---- Grading ----
@@ -477,7 +506,8 @@ def finished(path, problems, n, size):
     return mine, [json.loads(line) for line in lines]
 
 
-def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, batch_size=256, out=None, ks=None):
+def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, batch_size=256, out=None, ks=None,
+             system=None):
     """Sample n completions a problem, grade them, and return their statistics (see summarize), the same on every rank.
 
     sampler(prompt_ids, n, seed, temperature) returns len(prompt_ids) * n completions, those of a prompt together, each
@@ -495,7 +525,7 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
             batch = mine[max(start, done) : start + size]
             if not batch:
                 continue
-            prompts = [encode_prompt(tokenizer, row["problem"]) for row in batch]
+            prompts = [encode_prompt(tokenizer, row["problem"], system) for row in batch]
             completions = sampler(prompts, n, (seed * WORLD + RANK) * most + start, temperature)
             texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             rows = [dict(row) for row in batch for _ in range(n)]
@@ -574,6 +604,40 @@ def join_ranks(timeout_minutes):
     return device
 
 
+@contextlib.contextmanager
+def ending():
+    """Around a program: leaves the process group, and says in one line that memory ran out.
+
+    After an error on a GPU the process ends at once: a teardown waits for other ranks, which may never come.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code or 0
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        code = 1
+        if type(error).__name__ == "OutOfMemoryError":
+            code = (f"error: rank {RANK}: {' '.join(str(error).split())} What weights, gradients and AdamW take stands "
+                    "in the first lines. The rest is lowered by --micro_batch_tokens (training) and "
+                    "--gpu_memory_utilization (vLLM)")
+        else:
+            traceback.print_exc()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    torch = sys.modules.get("torch")
+    if code and torch and torch.cuda.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if torch and torch.distributed.is_initialized() and "vllm" not in sys.modules:  # vLLM does it at its own end
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
 def sum_over_ranks(values, device):
     """{name: number} -> {name: sum over all ranks}."""
     import torch
@@ -596,12 +660,10 @@ def start_vllm(model, args, dtype, longest, **options):
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import torch
     import vllm
-    from transformers import AutoConfig
 
-    context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", longest)
     try:
         return vllm.LLM(
-            model, dtype=dtype, seed=args.seed, max_model_len=min(context, longest),
+            model, dtype=dtype, seed=args.seed, max_model_len=min(context_of(model), longest),
             distributed_executor_backend="external_launcher" if WORLD > 1 else None,
             gpu_memory_utilization=args.gpu_memory_utilization,
             enforce_eager=args.enforce_eager or not torch.cuda.is_available(), **options,
@@ -713,9 +775,7 @@ def open_run(args, script, done, columns):
                 file.seek(0)
                 rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
                 file.truncate(sum(map(len, rows)))
-        aside = run / "args.json.part"  # written aside, then renamed: whole at any moment
-        aside.write_text(json.dumps({"script": script, **vars(args), "resume": None}, indent=1))
-        aside.replace(run / "args.json")
+        write_whole(run / "args.json", json.dumps({"script": script, **vars(args), "resume": None}, indent=1))
         if args.wandb:
             import wandb
 
@@ -725,6 +785,75 @@ def open_run(args, script, done, columns):
     else:
         say(f"all {done} steps of {run} are done: only its final/ is written again")
     return run
+
+
+def say_start(script, args, policy, sampler, device):
+    """Who trains what on what: a line with what it takes, and on a CPU, if it is much, how long a step may be."""
+    import torch
+
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    states = 16e-9 * size / int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # GB: a node's ranks share them
+    say(f"{script}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
+        f"{type(sampler).__name__}; weights, gradients, AdamW: {states:.2f} GB each")
+    tokens = args.prompts_per_step * args.group_size * args.max_new_tokens
+    hours = tokens * 8 * size / (2e10 * WORLD * torch.get_num_threads()) / 3600  # 8 operations a parameter and token
+    if device.type == "cpu" and hours > 0.1:
+        say(f"a step has up to {tokens:,} tokens, by a rough estimate {hours:.1f} hours on this CPU: lower "
+            "--prompts_per_step, --group_size, --max_new_tokens (try 4, 8, 64)")
+
+
+def log_accuracy(run, args, step, sampler, tokenizer, problems, grader):
+    """Evaluate greedily where it is due and not done yet, and add eval_accuracy to the step's row in metrics.jsonl."""
+    from torch.distributed import broadcast_object_list
+
+    if not problems or step == 0 or step < args.steps and not (args.eval_every and step % args.eval_every == 0):
+        return
+    rows = (run / "metrics.jsonl").read_text().splitlines() if RANK == 0 else []
+    done = [RANK == 0 and "eval_accuracy" in json.loads(rows[-1])]
+    broadcast_object_list(done)
+    if done[0]:
+        return
+    accuracy = evaluate(sampler, tokenizer, problems, grader, system=args.system_prompt)["accuracy"]
+    say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(problems)} problems, greedy)")
+    if RANK == 0:
+        rows[-1] = json.dumps({**json.loads(rows[-1]), "eval_accuracy": accuracy})
+        write_whole(run / "metrics.jsonl", "".join(row + "\n" for row in rows))
+        if args.wandb:
+            sys.modules["wandb"].log({"eval_accuracy": accuracy}, step=step)
+
+
+def write_whole(path, text):
+    """Write a file aside, then rename it: whole at any moment."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def say_end(run):
+    """Where the model and the metrics are; with matplotlib also their curves."""
+    say(f"the model is in {run / 'final'}, every step's metrics in {run / 'metrics.jsonl'}")
+    if RANK == 0 and find_spec("matplotlib"):
+        draw_curves([run], run / "curves.png")
+        say(f"reward, length and entropy as curves: {run / 'curves.png'}")
+
+
+def draw_curves(runs, picture):
+    """Reward, length and entropy of each step of some runs, as their metrics.jsonl have them, drawn into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for run, style in zip(runs, itertools.cycle(("-", "--", "-.", ":"))):
+        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        for axis, key, unit in zip(axes, ("reward", "length", "entropy"), ("", ", tokens", ", nats a token")):
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=Path(run).name)
+            axis.set(title=key + unit, xlabel="step")
+            axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes[0].legend()
+    figure.savefig(picture, dpi=80)
+    pyplot.close(figure)
 
 
 class Seconds:
@@ -780,6 +909,7 @@ def parse_args():
     parser.add_argument("--benchmarks", default="arithmetic", help="names, files or hub ids, with commas between")
     parser.add_argument("--n", type=int, default=1, help="completions a problem (1)")
     parser.add_argument("--k", type=numbers, help="the k of pass@k, with commas between (1,2,4,... up to n)")
+    parser.add_argument("--system_prompt", help="what stands before each problem (asks for steps and a box)")
     parser.add_argument("--limit", type=int, help="only the first so many problems of each benchmark")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="a completion is cut off here (1024)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (0 if n is 1, else 0.6)")
@@ -852,49 +982,74 @@ def evaluate_models(args):
     benchmarks = {name: load_problems(name, "test")[: args.limit] for name in args.benchmarks.split(",")}
     tokenizers = {name: load_tokenizer(name) for name in args.model.split(",")}
     import torch
-    from transformers import AutoConfig
 
     vllm = args.sampler == "vllm" or args.sampler == "auto" and torch.cuda.is_available() and find_spec("vllm")
-    keys = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
-    settings = {key: getattr(args, key) for key in keys}
+    keys = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size", "system_prompt")
+    settings = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     settings |= {"sampler": "vllm" if vllm else "hf", "processes": WORLD}
-    benchmarks = {name: [{**row, **settings} for row in rows] for name, rows in benchmarks.items()}
-    files, room = {}, {}
+    for name, rows in benchmarks.items():
+        kept = [row for row in rows
+                if all(encode_prompt(own, row["problem"], args.system_prompt) for own in tokenizers.values())]
+        check(kept, f"{name}: of no problem a tokenizer knows a character")
+        if len(kept) < len(rows):
+            say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: their prompts have no token")
+        benchmarks[name] = [{**row, **settings} for row in kept]
+    files, room, missing = {}, {}, {}
     for model, tokenizer in tokenizers.items():
-        longest = max(len(encode_prompt(tokenizer, row["problem"])) for rows in benchmarks.values() for row in rows)
-        context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", math.inf)
-        room[model] = longest, min(args.max_new_tokens, context - longest)
-        if context <= longest:
-            fail(f"{model} has room for {context} tokens, and the longest prompt has {longest}")
-        for name in benchmarks if args.out else ():  # a file for each rank
+        prompts = (row["problem"] for rows in benchmarks.values() for row in rows)
+        longest = max(len(encode_prompt(tokenizer, problem, args.system_prompt)) for problem in prompts)
+        context = context_of(model)
+        room[model], missing[model] = (longest, min(args.max_new_tokens, context - longest)), 0
+        check(context > longest, f"{model} has room for {context} tokens, and the longest prompt has {longest}")
+        for name, rows in benchmarks.items():  # a file for each rank
             parts = [re.sub(r"[^\w.-]+", "_", part.strip("./").removesuffix(".jsonl")) for part in (model, name)]
             rank = f".{RANK}.jsonl" if WORLD > 1 else ".jsonl"
-            files[model, name] = os.path.join(args.out, *parts) + rank
-            os.makedirs(os.path.dirname(files[model, name]), exist_ok=True)
-            finished(files[model, name], benchmarks[name], args.n, max(1, args.batch_size // args.n))
+            files[model, name] = os.path.join(args.out, *parts) + rank if args.out else None
+            if args.out:
+                os.makedirs(os.path.dirname(files[model, name]), exist_ok=True)
+            mine, records = finished(files[model, name], rows, args.n, max(1, args.batch_size // args.n))
+            missing[model] += len(mine) * args.n - len(records)
     device = join_ranks(7 * 24 * 60)  # minutes: ranks meet when all is done, however long that takes
+    missing = sum_over_ranks(missing, device)
+    if vllm and sum(number > 0 for number in missing.values()) > 1:
+        return one_by_one(args)
     say(f"{args.model} on {args.benchmarks}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     results, how = {}, (args.n, args.seed, args.temperature, args.batch_size)
     with Grader() as grader:
         for args.model, tokenizer in tokenizers.items():
             longest, args.max_new_tokens = room[args.model]
-            sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device, longest + args.max_new_tokens)
-            for name, problems in benchmarks.items():
-                path = files.get((args.model, name))
-                results[args.model, name] = evaluate(sampler, tokenizer, problems, grader, *how, path, args.k)
+            start = vllm_sampler if vllm else hf_sampler
+            sampler = start(args, tokenizer, device, longest + args.max_new_tokens) if missing[args.model] else None
+            for name, rows in benchmarks.items():
+                more = files[args.model, name], args.k, args.system_prompt
+                results[args.model, name] = evaluate(sampler, tokenizer, rows, grader, *how, *more)
             del sampler  # before the next one is loaded
-            gc.collect()
-    if not vllm:  # which does it at its own end
-        torch.distributed.destroy_process_group()
     return results
+
+
+def one_by_one(args):
+    """Several models with vLLM, which takes one a process: a process for each, then one that reads what they wrote."""
+    check(WORLD == 1, "with torchrun vLLM takes one model a run: give each --model alone, with the same --out, and "
+          "then all of them, which compares what is there")
+    with tempfile.TemporaryDirectory() as aside:
+        own = [] if args.out else ["--out", aside]
+        for model in [*args.model.split(","), args.model]:
+            done = subprocess.run([sys.executable, *sys.argv, *own, "--model", model])
+            if done.returncode:
+                sys.exit(done.returncode)
+
+
+def main():
+    args = parse_args()
+    results = grade_file(args) if args.grade else evaluate_models(args)
+    if results:
+        report(results, args)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(float(sys.argv[2]), float(sys.argv[3]))
         sys.exit()
-    try:
-        arguments = parse_args()
-        report(grade_file(arguments) if arguments.grade else evaluate_models(arguments), arguments)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
+    with ending():
+        main()

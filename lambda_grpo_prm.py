@@ -27,7 +27,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,8 +34,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from eval import (  # check and fail end the program with one line; say prints on rank 0
-    Grader, Seconds, check, checkpoints, evaluate, fail, join_ranks, load_problems, load_prompts, load_tokenizer,
-    log_step, open_run, read_flags, say, start_vllm, stop_tokens, sum_over_ranks,
+    Grader, Seconds, check, checkpoints, ending, fail, join_ranks, load_prompts, load_tokenizer, log_accuracy, log_step,
+    open_run, read_flags, say, say_end, say_start, start_vllm, stop_tokens, sum_over_ranks,
 )
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -75,6 +74,7 @@ class Args:
     eval_dataset: str = HfArg(default=None, help="problems to evaluate on; none: no evaluation")
     group_size: int = HfArg(default=8, help="completions per prompt (G)")
     prompts_per_step: int = HfArg(default=128, help="prompts per step (P), over all ranks")
+    system_prompt: str = HfArg(default=None, help="what stands before each problem; none: asks for steps and a box")
     max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped, and counted")
     max_new_tokens: int = HfArg(default=2048, help="longest completion, in tokens (L_max)")
     temperature: float = HfArg(default=1.0, help="sampling temperature; the trainer's log-probabilities use it too")
@@ -229,6 +229,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             loss, stats = policy_loss(
                 logp, old_logp[part], advantage, weight, args.clip_low, args.clip_high, ref_logp[part], args.beta,
             )
+            policy.set_requires_all_reduce(rows is plan[-1])  # over nodes: once an update, not in every micro-batch
             (loss * WORLD).backward()  # FSDP averages over ranks, the objective is a sum
             sums.update({**stats, "loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum()})
             sums.update({"tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()})
@@ -260,8 +261,8 @@ def main():
     args = read_flags(Args, SCRIPT, TOY)
     check_args(args)
     tokenizer = load_tokenizer(args.model)
-    data, skipped = load_prompts(args.dataset, tokenizer, args.max_prompt_tokens)
-    eval_problems = load_problems(args.eval_dataset, "test") if args.eval_dataset else []
+    data, skipped = load_prompts(args.dataset, "train", tokenizer, args)
+    eval_problems = load_prompts(args.eval_dataset, "test", tokenizer, args)[0] if args.eval_dataset else []
     epochs = range(math.ceil(args.steps * args.prompts_per_step / len(data)))  # each has its own order, by the seed
     order = [i for epoch in epochs for i in np.random.default_rng((args.seed, epoch)).permutation(len(data))]
 
@@ -275,8 +276,7 @@ def main():
     done = load_checkpoint(policy, optimizer, args.resume) if args.resume else 0
     sampler.load(full_weights(policy, sampler.dtype))
 
-    size = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    say(f"{SCRIPT}: {Path(args.model).name}, {size:.1f}M parameters, {WORLD} x {device.type}, {type(sampler).__name__}")
+    say_start(SCRIPT, args, policy, sampler, device)
     columns = ["step", "reward", "length", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second"]
     columns.insert(5, "process_set_size")  # λ:
     run = open_run(args, SCRIPT, done, columns)
@@ -286,6 +286,7 @@ def main():
     bar = tqdm(range(done + 1, args.steps + 1), SCRIPT, initial=done, total=args.steps, disable=RANK > 0 or None)
 
     with Grader() as grader:
+        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # if a kill came between
         for step in bar:
             clock, timeouts = Seconds(bar), grader.timeouts
             clock.start("sampling")
@@ -301,8 +302,7 @@ def main():
             rewards = torch.tensor(rewards_of(texts, asked, grader), device=device).float().view(share, -1)  # [P, G]
 
             clock.start("training")
-            lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
             metrics = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
 
             clock.start("syncing")
@@ -312,18 +312,16 @@ def main():
             counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "notices": len(notices)}, device)
             metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"])}
             metrics |= clock.metrics(tokens=metrics["length"] * args.prompts_per_step * args.group_size)
-            if eval_problems and (step == args.steps or (args.eval_every and step % args.eval_every == 0)):
-                metrics["eval_accuracy"] = accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
-                say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
             log_step(run, args, metrics, columns, zip(asked, texts, rewards.flatten().tolist()))
             if step == args.steps or counts["notices"] or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(policy, optimizer, run, step)
             if counts["notices"] and step < args.steps:
                 say(f"SIGTERM: saved after step {step}; go on with --resume {run}")
                 return
+            log_accuracy(run, args, step, sampler, tokenizer, eval_problems, grader)  # the checkpoint is safe
 
     save_final(policy, tokenizer, run / "final")
-    say(f"the model is in {run / 'final'}, every step's metrics in {run / 'metrics.jsonl'}")
+    say_end(run)
 
 
 # ===== From here on: machinery, the same for every method =============================================================
@@ -429,12 +427,12 @@ class VLLMSampler:
         """As HFSampler's, from other random numbers: completion k of prompt i has the seed (seed + i)·n + k."""
         from vllm import SamplingParams
 
-        how = dict(n=n, temperature=temperature, max_tokens=self.max_new_tokens, logprobs=0, detokenize=False)
+        how = dict(n=n, temperature=temperature, max_tokens=self.max_new_tokens, detokenize=False)
+        how |= dict(logprobs=0, flat_logprobs=True)  # of the drawn token alone, in one list
         params = [SamplingParams(seed=(seed + i) * n, **how) for i in range(len(prompt_ids))]
         requests = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
         outputs = [output for request in requests for output in request.outputs]
-        logps = [[scores[token].logprob for token, scores in zip(o.token_ids, o.logprobs)] for o in outputs]
-        return [Completion(list(o.token_ids), o.finish_reason, values) for o, values in zip(outputs, logps)]
+        return [Completion(list(o.token_ids), o.finish_reason, o.logprobs.logprobs) for o in outputs]
 
 
 # 6. Policy, micro-batches, ranks --------------------------------------------------------------------------------------
@@ -491,8 +489,8 @@ def load_policy(args, device, trainable=True):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
     mesh = init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
-    for module in [*layers, policy]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+    for module in [*layers, policy]:  # after a forward pass the root stays whole for the backward pass, if there is one
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
     return policy.float()
 
 
@@ -531,12 +529,22 @@ TOY = dict(  # what changes when no --model is given: a run of a minute on a lap
 )
 
 
+def weights_once(module):
+    """The state dict without second names of tied weights, as a file should hold it. Every rank has its shards."""
+    once = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in once}
+
+
+def state_of(policy, optimizer):
+    """What a checkpoint holds."""
+    return {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
+
+
 def save_checkpoint(policy, optimizer, run, step):
     """Write checkpoints/step_N: aside, then renamed, so that a folder of that name is whole. The last two are kept."""
     aside = run / "checkpoints" / f"step_{step}.part"
     try:
-        model_state, optimizer_state = states.get_state_dict(policy, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)  # every rank its shards
+        dcp.save(state_of(policy, optimizer), checkpoint_id=aside)  # every rank its shards
     except dcp.CheckpointException as error:  # all ranks get it, whichever of them could not write
         reason, free = next(iter(error.failures.values()))[0], shutil.disk_usage(run).free / 1e9
         fail(f"checkpoint step_{step} was not written ({free:.2f} GB free; {reason}); the one before is whole: make "
@@ -549,21 +557,18 @@ def save_checkpoint(policy, optimizer, run, step):
 
 def load_checkpoint(policy, optimizer, run):
     """Restore the last whole checkpoint, by whatever number of ranks it was saved. Returns its step."""
-    newest = checkpoints(run)[-1]
-    model_state, optimizer_state = states.get_state_dict(policy, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=newest)  # in place
-    states.set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    newest, state = checkpoints(run)[-1], state_of(policy, optimizer)
+    dcp.load(state, checkpoint_id=newest)  # in place, as far as the weights go
+    states.set_optimizer_state_dict(policy, optimizer, state["optimizer"])
     return int(newest.name[5:])
 
 
 def save_final(policy, tokenizer, folder):
     """The model as transformers and vLLM load it, in the type it came in. Rank 0 holds it whole for a moment."""
-    policy.to(policy.model.config.dtype)
-    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = states.get_model_state_dict(policy.model, options=options)
-    once = {name for name, _ in [*policy.model.named_parameters(), *policy.model.named_buffers()]}  # tied ones: once
+    once, gathered = weights_once(policy.model), full_weights(policy, policy.model.config.dtype)  # on all ranks
+    weights = {name: tensor.cpu() for name, tensor in gathered if RANK == 0 and name in once}
     if RANK == 0:
-        policy.model.save_pretrained(folder, state_dict={name: weights[name] for name in weights if name in once})
+        policy.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
 
@@ -584,10 +589,5 @@ def check_args(args):
 
 
 if __name__ == "__main__":
-    try:
+    with ending():
         main()
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: rank {RANK}: {error} Lower --micro_batch_tokens (training), --gpu_memory_utilization (vLLM)")
-    finally:
-        if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM does it at its own end
-            dist.destroy_process_group()
