@@ -24,6 +24,7 @@ are refused. Seed, settings and number of processes decide the completions.
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -38,9 +39,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
+import typing
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -725,14 +728,35 @@ def hf_sampler(args, tokenizer, device, longest):
 
 # ---- A training run: its flags, folder and log ----
 
+def help_text(Args, script, toy):
+    """What --help prints: the docstring's first line and examples, and the flags in the groups of Args."""
+    about, *doc = sys.modules[Args.__module__].__doc__.splitlines()
+    examples = [line for line in doc if line.startswith(("    python ", "    torchrun "))]
+    width = shutil.get_terminal_size().columns
+    toy = textwrap.fill("Without --model: " + ", ".join(f"{key} {value}" for key, value in toy.items() if key != "model"),
+                        width)
+    lines = [about, "", *examples, "", toy,
+             "Results: args.json, metrics.jsonl, samples.jsonl, checkpoints/ and final/ in --output_dir.", "",
+             "  --flag                    default  meaning"]
+    for line in inspect.getsource(Args).splitlines():
+        if line.startswith("    # "):
+            lines.append(f"\n{line[6:]}:")
+        elif match := re.match(r"    (\w+): ", line):
+            field = Args.__dataclass_fields__[match[1]]
+            default = "" if field.default is None else str(field.default)
+            choices = "|".join(typing.get_args(field.type))
+            meaning = (f"{choices}; " if choices else "") + field.metadata["help"]
+            lines += textwrap.wrap(f"  --{match[1]:<23} {default:<8} {meaning}", width, subsequent_indent=" " * 37)
+    return "\n".join(lines) + "\n"
+
+
 def read_flags(Args, script, toy):
     """Args from the command line, over those of the resumed run, or without --model over `toy`, over the defaults."""
     from transformers import HfArgumentParser, logging
 
     logging.set_verbosity_error()
-    about = sys.modules[Args.__module__].__doc__.split("\n")[0]
-    parser = HfArgumentParser(Args, prog=f"{script}.py", description=about, allow_abbrev=False)
-    parser.error = fail
+    parser = HfArgumentParser(Args, prog=f"{script}.py", allow_abbrev=False)
+    parser.error, parser.format_help = fail, lambda: help_text(Args, script, toy)
     given = parser.parse_args()
     folder = given.resume or given.output_dir
     done = checkpoints(folder) if folder else []

@@ -396,9 +396,8 @@ class VLLMSampler:
         how = dict(n=n, temperature=temperature, max_tokens=self.max_new_tokens, detokenize=False)
         how |= dict(logprobs=0, flat_logprobs=True)  # of the drawn token alone, in one list
         params = [SamplingParams(seed=(seed + i) * n, **how) for i in range(len(prompt_ids))]
-        requests = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
-        outputs = [output for request in requests for output in request.outputs]
-        return [Completion(list(o.token_ids), o.finish_reason, o.logprobs.logprobs) for o in outputs]
+        done = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
+        return [Completion(list(o.token_ids), o.finish_reason, o.logprobs.logprobs) for r in done for o in r.outputs]
 
 
 # 6. Policy, micro-batches, ranks --------------------------------------------------------------------------------------
@@ -531,6 +530,7 @@ def load_checkpoint(policy, optimizer, run):
 
 def save_final(policy, tokenizer, folder):
     """The model as transformers and vLLM load it, in the type it came in. Rank 0 holds it whole for a moment."""
+    policy.to(policy.model.config.dtype)
     once, gathered = weights_once(policy.model), full_weights(policy, policy.model.config.dtype)  # on all ranks
     weights = {name: tensor.cpu() for name, tensor in gathered if RANK == 0 and name in once}
     if RANK == 0:

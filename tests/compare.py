@@ -1,7 +1,8 @@
 """The four scripts and their variations against each other: equal steps, prompts and seeds on four small tasks.
 
     python tests/compare.py                 everything: some 100 minutes on two idle cores; a second start goes on
-    python tests/compare.py --draw          tables and pictures again, from the runs that are there
+    python tests/compare.py --draw          tables and picture again, from the runs that are there
+    python tests/compare.py --draw runs/a runs/b --picture ab.png          the curves of any runs together
 
 toy    what the scripts do without --model: long answers are right, because they show the steps of a sum.
 chain  the problem "48216?" names five doors, and the largest is the right one. An answer names a door with its first
@@ -28,7 +29,7 @@ What 20 seeds can show: with five other seeds of an earlier version the paired d
 deviation of some .035 on toy and .055 on chain. A paired t-test at 5 % with 20 seeds has 80 % power for an effect of
 0.66 standard deviations: .023 and .036. Over all comparisons of a table Holm's correction is made.
 
-Each run's metrics.jsonl is kept in --output; finished runs are not repeated. The pictures need: pip install matplotlib
+Each run's metrics.jsonl is kept in --output; finished runs are not repeated. The picture needs: pip install matplotlib
 """
 
 import argparse
@@ -54,7 +55,7 @@ from transformers import AutoModelForCausalLM, logging
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from eval import fail  # noqa: E402
+from eval import draw_curves, fail  # noqa: E402
 from make_tiny import BOX, make_tokenizer  # noqa: E402
 from reproduce_prm_table1 import interval, p_value  # noqa: E402
 
@@ -74,6 +75,12 @@ VARIATIONS = {  # command: its tasks. With one update a batch ε-trace and ε-we
     f"{TRACES3} --variant weight": ("far",),
     f"{TRACES3} --style recent": ("far",),
     f"{TRACES3} --style recent --variant weight": ("far",),
+}
+OWN_METRICS = {
+    "grpo": ["grad_norm"],
+    "grpo_lambda_traces": ["grad_norm", "trace_weight", "advantage_clamped"],
+    "lambda_grpo_learnable": ["lam", "f_min", "f_max"],
+    "lambda_grpo_prm": ["process_set_size", "nontrivial_trees", "path_depth"],
 }
 FIRST_SEED = {"sweep": 100, "seeds": 300}
 LAST = 5  # the steps that "final" is the mean of
@@ -261,7 +268,7 @@ def check_settings(args):
     path = args.output / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         fail(f"--output {args.output} holds runs with {path.read_text()}: give the same, or choose another folder")
-    if not args.draw:
+    if args.draw is None:
         args.output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings))
 
@@ -389,6 +396,18 @@ def table(args, found):
             shown = f"**{corrected:.4f}**" if corrected < 0.05 else f"{corrected:.4f}"
             lines.append(f"| {task} | `{method}` | `{other}` | {plus_minus(early, 3, '+')} | {plus_minus(late, 3, '+')} | "
                          f"{p:.4f} | {shown} |")
+    lines += ["", "What the methods say of themselves: means over seeds of first and last step; in brackets the least and",
+              "the most in all steps and seeds.", "",
+              "| task | script | its metrics |", "|---|---|---|"]
+    for task, methods in found.items():
+        for method, runs in methods.items():
+            keys = OWN_METRICS[method.split(".py")[0]]
+            cells = []
+            for key in keys:
+                first, last = (mean([rows[step][key] for rows in runs]) for step in (0, -1))
+                every = [row[key] for rows in runs for row in rows]
+                cells.append(f"{key} {first:.3g} → {last:.3g} ({min(every):.3g} to {max(every):.3g})")
+            lines.append(f"| {task} | `{method}` | {', '.join(cells)} |")
     if args.sweep_seeds:
         seeds = ", ".join(map(str, seeds_of(args, "sweep")))
         lines += ["", f"The sweep: mean reward over all steps, seeds {seeds}; the best is bold.", "",
@@ -401,10 +420,66 @@ def table(args, found):
     return "\n".join(lines) + "\n"
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Picture --------------------------------------------------------------------------------------------------------------
+
+LOOKS = dict(zip(TUNED, (  # colour, lightness, line style and marker all differ: the picture works in grey, too
+    dict(color="#000000", linestyle="-", marker="o"),
+    dict(color="#a9a9a9", linestyle="--", marker="s"),
+    dict(color="#a50f2a", linestyle="-", marker="^"),
+    dict(color="#e08a9b", linestyle=(0, (4, 1)), marker="P"),
+    dict(color="#2f7fc1", linestyle="-.", marker="D"),
+    dict(color="#f5bd30", linestyle=(0, (1.2, 0.8)), marker="v"),
+)))
+
+
+def curve(runs, key):
+    """Mean and half-width of the 95 % interval of a metric at each step: two tuples."""
+    return zip(*(interval([float(rows[step][key]) for rows in runs]) for step in range(len(runs[0]))))
+
 
 def draw(args, found):
-    pass
+    """Above the curves of reward, below the paired differences in mean reward to grpo.py, with their intervals."""
+    try:
+        import matplotlib
+    except ImportError:
+        return tqdm.write("no picture: matplotlib is missing (pip install matplotlib); --draw makes it from these runs")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image  # comes with matplotlib
+
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found) + 1, 7), layout="constrained", squeeze=False,
+                                height_ratios=(3, 2))
+    for (task, methods), (above, below) in zip(found.items(), axes.T):
+        for place, method in enumerate(TUNED):
+            centre, half = curve(methods[method], "reward")
+            steps = range(1, len(centre) + 1)
+            every = max(1, len(steps) // 4)
+            look = {"markeredgecolor": "black", "markersize": 7, **LOOKS[method]}
+            above.plot(steps, centre, linewidth=2.2, markevery=(place * every // len(TUNED), every), label=method, **look)
+            low, high = [a - b for a, b in zip(centre, half)], [a + b for a, b in zip(centre, half)]
+            above.fill_between(steps, low, high, color=look["color"], alpha=0.1, linewidth=0)  # nothing with one seed
+        above.set(title=f"{task}: reward", xlabel="step", ylim=(None, 1.03))
+        above.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        pairs = [(method, early) for name, method, base, early, _ in comparisons({task: methods})
+                 if base == "grpo.py" and method in TUNED]
+        for place, (method, early) in enumerate(pairs):
+            centre, half = interval(early)
+            look = {key: value for key, value in LOOKS[method].items() if key != "linestyle"}
+            below.errorbar(centre, -place, xerr=None if math.isnan(half) else half, capsize=4, markersize=8,
+                           markeredgecolor="black", elinewidth=2.2, **look)
+        below.axvline(0, color="black", linewidth=0.8)
+        below.set(title="mean reward minus grpo.py's", yticks=[], ylim=(0.6 - len(pairs), 0.6))
+        below.xaxis.set_major_locator(plt.MaxNLocator(4))
+        below.spines["left"].set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
+                  frameon=False, handlelength=3.5)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, dpi=80)
+        Image.open(buffer).convert("RGB").quantize(96).save(args.picture, optimize=True)  # a third of the bytes
+    plt.close(figure)
+    print(f"the picture is {args.picture}, {args.picture.stat().st_size / 1e3:.0f} kB")
+
 
 # The command line -----------------------------------------------------------------------------------------------------
 
@@ -425,8 +500,14 @@ def parse_args():
     rates = [1e-4, 3e-4, 1e-3]
     parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of the sweep (default: 1e-4 3e-4 1e-3)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all four")
-    parser.add_argument("--draw", action="store_true", help="train nothing: tables and pictures from --output")
+    parser.add_argument("--draw", nargs="*", metavar="RUN", help="train nothing: tables and picture from --output; with "
+                        "folders of runs, whatever they are: their curves together, into --picture")
     args = parser.parse_args()
+    for run in args.draw or ():
+        if not (Path(run) / "metrics.jsonl").exists():
+            fail(f"--draw {run}: there is no metrics.jsonl in it")
+    if args.draw:
+        return args
     for name in ("seeds", "steps", "model_steps", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -440,7 +521,10 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if not args.draw:
+    if args.draw:
+        draw_curves(args.draw, args.picture)
+        return print(f"the picture is {args.picture}")
+    if args.draw is None:
         run_all(args)
     found = results(args)
     text = table(args, found)

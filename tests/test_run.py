@@ -84,6 +84,10 @@ def bad_inputs(tmp_path, script):
         "missing model": (["--model", str(tmp_path / "nowhere")], "nowhere"),
         "folder without a model": (["--model", str(tmp_path / "no_model")], "no_model"),
         "folder without weights": (["--model", str(tmp_path / "no_weights")], "safetensors"),
+        "a file for a model": (["--model", data("model.gguf", "GGUF")], "is a file"),
+        "a context too short": (["--max_new_tokens", "250"], "sees 256 tokens"),
+        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "1 without a token"),
+        "a solution without a box": (["--dataset", data("solution.jsonl", '{"problem": "1+1?", "solution": "It is two."}\n')], "box"),
         "missing data": (["--dataset", str(tmp_path / "none.jsonl")], "none.jsonl"),
         "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
         "broken line": (["--dataset", data("broken.jsonl", good + '{"problem": ')], "line 2"),
@@ -270,6 +274,49 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     assert "all 3 steps of" in said and "to 3" not in said
     assert run_here(grpo, quick("grpo", tmp_path / "whole", 3), monkeypatch) == 0
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_evaluation_comes_after_the_checkpoint(tmp_path, monkeypatch, capsys):
+    """A crash in the first and in the last evaluation: no step is lost, and resumed they are made up for."""
+    grpo, shared = importlib.import_module("grpo"), importlib.import_module("eval")
+    honest, broken = shared.evaluate, lambda *_, **__: sys.exit("broken")
+    arguments = ["grpo.py", *QUICK[:4], "--dataset", "arithmetic", "--eval_dataset", short_problems(tmp_path), "--steps", 4,
+                 "--eval_every", 2]
+    assert run_here(grpo, [*arguments, "--output_dir", tmp_path / "whole"], monkeypatch) == 0
+    assert capsys.readouterr().out.count("accuracy on") == 2
+    for step, command in ((2, [*arguments, "--output_dir", tmp_path / "run", "--save_every", 2]),
+                          (4, ["grpo.py", "--resume", tmp_path / "run"])):
+        if step == 4:  # the first is made up for, the second breaks
+            calls = iter((honest, broken))
+            monkeypatch.setattr(shared, "evaluate", lambda *given, **how: next(calls)(*given, **how))
+        else:
+            monkeypatch.setattr(shared, "evaluate", broken)
+        assert run_here(grpo, command, monkeypatch) == "broken"
+        assert newest(tmp_path / "run" / "checkpoints") == step == metrics(tmp_path / "run")[-1]["step"]
+    monkeypatch.setattr(shared, "evaluate", honest)
+    assert run_here(grpo, ["grpo.py", "--resume", tmp_path / "run"], monkeypatch) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert ["eval_accuracy" in row for row in metrics(tmp_path / "run")] == [False, True, False, True]
+
+
+def short_problems(tmp_path):
+    """A file of two problems, one of which has no character that the tiny model knows: it is dropped, and evaluation goes on."""
+    path = tmp_path / "short.jsonl"
+    path.write_text('{"problem": "1+1+1+1?", "answer": "4"}\n{"problem": "one and one", "answer": "2"}\n')
+    return path
+
+
+def test_a_checkpoint_holds_tied_weights_once(first_script, tmp_path, monkeypatch):
+    """The tiny model's head is its embedding: a checkpoint has as many weights as the final model, and two moments of each."""
+    import safetensors.torch
+    import torch.distributed.checkpoint as dcp
+
+    assert run_here(first_script, quick(first_script.SCRIPT, tmp_path / "run", 1), monkeypatch) == 0
+    numbers = sum(tensor.numel() for tensor in safetensors.torch.load_file(tmp_path / "run/final/model.safetensors").values())
+    saved = dcp.FileSystemReader(tmp_path / "run" / "checkpoints" / "step_1").read_metadata().state_dict_metadata
+    sizes = {name: entry.size.numel() for name, entry in saved.items() if hasattr(entry, "size")}
+    for kind in ("model.model.", ".exp_avg", ".exp_avg_sq"):
+        assert sum(size for name, size in sizes.items() if name.startswith(kind) or name.endswith(kind)) == numbers
 
 
 @pytest.mark.long
