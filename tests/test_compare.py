@@ -49,10 +49,10 @@ def test_the_table_is_the_runs(output):
 
 
 def test_the_length_of_wrong_answers(output):
-    """In tokens, of what earns less than 1; on the tree nearly all does, so it is the mean length without the end."""
+    """In tokens, of what earns less than 1; on the tree nearly all does, so it is the mean length, perhaps without the end."""
     args = argparse.Namespace(output=output, seeds=1, sweep_seeds=0, rates=[1e-4], tasks=["tree"])
     for rows in compare.results(args)["tree"]["grpo.py"]:
-        assert all(abs(row["wrong_length"] + 1 - row["length"]) < 0.5 for row in rows)
+        assert all(-0.1 < row["length"] - row["wrong_length"] < 1.1 for row in rows)
     rewards_of = compare.recording(None, compare.tree_reward, output / "wrong")
     assert rewards_of(["++=+", "++\\boxed{=", "="], [{"problem": ""}] * 3, None) == [1.0, -0.5, 0.7]
     assert json.loads((output / "wrong").read_text()) == {"wrong_length": 2.5}

@@ -536,6 +536,19 @@ def make_tokenizer(chat_template):
     return tokenizer
 
 
+def test_solutions_and_proofs(tmp_path, capsys):
+    """In a column `solution` a number is an answer, a text needs a box; a proof is none, and a long formula is."""
+    rows = [("1+1?", "2"), ("2+2?", "It is 4."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8")]
+    path = tmp_path / "solution.jsonl"
+    path.write_text("".join(json.dumps({"problem": problem, "solution": text}) + "\n" for problem, text in rows))
+    assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8"]
+    assert "1 of 4 rows dropped" in (said := capsys.readouterr().out) and "stand in \\boxed{}" in said
+    proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
+    formula = "f(x)=a x+b, where b is an arbitrary integer, and a is an arbitrary positive integer"
+    path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
+    assert [row["answer"] for row in ev.load_problems(str(path))] == [formula]
+
+
 def test_encode_prompt():
     problem = "What is 1+1?"
     plain = make_tokenizer(None)
@@ -552,6 +565,25 @@ def test_encode_prompt():
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer = make_tokenizer(refusing + chat)
     assert tokenizer.decode(ev.encode_prompt(tokenizer, problem)) == f"<bos>[user]{ev.SYSTEM}\n\n{problem}[assistant]"
+    for own, text in ((tokenizer, f"<bos>[user]Be brief.\n\n{problem}[assistant]"), (plain, f"Be brief.\n\nQuestion:\n{problem}")):
+        assert text in own.decode(ev.encode_prompt(own, problem, "Be brief."))
+
+
+def test_what_a_run_needs_is_said_at_its_start(monkeypatch, capsys):
+    """135 M parameters on two ranks of a node: 16 bytes each, shared; on a CPU how long a step may be, if it is long."""
+    import torch
+
+    class Sampler:
+        pass
+
+    policy = torch.nn.Linear(135, 10**6, bias=False, device="meta")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for prompts, tokens, device, hours in ((128, 2048, "cpu", True), (128, 2048, "cuda", False), (1, 8, "cpu", False)):
+        args = argparse.Namespace(model="some/model", prompts_per_step=prompts, group_size=8, max_new_tokens=tokens)
+        ev.say_start("grpo", args, policy, Sampler(), torch.device(device))
+        said = capsys.readouterr().out
+        assert "135.0M parameters" in said and "Sampler; weights, gradients, AdamW: 1.08 GB each" in said
+        assert ("a step has up to 2,097,152 tokens" in said and " hours on this CPU" in said) == hours
 
 
 def test_encode_prompt_of_the_tiny_model():

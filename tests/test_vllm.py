@@ -182,6 +182,17 @@ def test_evaluation(tmp_path):
     assert done.returncode != 0 and "--vllm_tp needs vllm, and goes with python" in done.stderr
 
 
+def test_several_models(tmp_path):
+    """A process for each, since an engine is never given back; with torchrun one line says what to do."""
+    shutil.copytree(TINY, tmp_path / "copy")
+    arguments = ["eval.py", "--model", f"{TINY},{tmp_path / 'copy'}", "--sampler", "vllm", "--limit", 4]
+    done = start(arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].endswith("+0.000, 95 % interval +0.000 to +0.000")
+    done = start(["--", *arguments, "--out", tmp_path / "out"], ranks=2)
+    assert done.returncode != 0 and done.stderr.count("vLLM takes one model a run: give each --model alone") == 1
+
+
 def test_out_of_memory_in_the_engine(tmp_path):
     """One line that says what to lower, exit code 1."""
     config = json.loads((TINY / "config.json").read_text())
