@@ -123,6 +123,20 @@ def test_a_patch_that_does_not_fit(tmp_path, monkeypatch):
         patched.patched("gspo", tmp_path)
 
 
+def test_patched_from_the_shell(tmp_path, monkeypatch):
+    """All scripts, into this folder; and --remake leaves patches that fit as they are."""
+    shutil.copytree(ROOT / "tests" / "papers", tmp_path / "papers")
+    monkeypatch.setattr(patched, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--remake"]):
+        monkeypatch.setattr(sys, "argv", ["patched.py", *flags])
+        patched.main()
+    for name in PAPERS:
+        assert (tmp_path / f"{name}.py").read_text().startswith('"""')
+        diff = f"papers/{name}.diff"
+        assert (tmp_path / diff).read_text() == (ROOT / "tests" / diff).read_text()
+
+
 @pytest.mark.parametrize("name, bounds", [
     ("gmpo", (1 - 2.718281828**-0.4, 2.718281828**0.4 - 1)), ("gspo", (3e-4, 4e-4)), ("cispo", (1.0, 0.28)),
 ])
@@ -468,22 +482,25 @@ def test_dynamic_sampling_gives_up(paper, tmp_path, monkeypatch):
 
 # Ranks, micro-batches, whole runs -------------------------------------------------------------------------------------
 
-CASES = [f"{name}/{variant}" for name in PAPERS if name != "dynamic_sampling" for variant in VARIANTS[name]]  # its step is grpo.py's
+STEPS = [name for name in PAPERS if name != "dynamic_sampling"]  # whose step is grpo.py's
+CASES = [f"{name}/{variant}" for name in STEPS for variant in VARIANTS[name]]
 
 
 @pytest.fixture(scope="module")
-def results(paper_folder, tmp_path_factory, request):
-    """As test_step.py's, for the papers: one rank with all at once and a few or one at a time; with --all two ranks."""
+def results(paper_folder):
+    """As test_step.py's, for the papers: one rank with all at once, with a few and with one at a time."""
     found = {}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for case in CASES:
         for budget in (WHOLE, SMALL, ONE) if ONCE(case) else (WHOLE, SMALL):
             found[1, f"{case}:{budget}"] = run_case(f"{case}:{budget}")
     dist.destroy_process_group()
-    if request.config.option.all:
-        environment = {"PYTHONPATH": f"{ROOT}:{paper_folder}"}
-        found.update(run_with_ranks(2, CASES, tmp_path_factory.mktemp("ranks"), **environment))
     return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(paper_folder, tmp_path_factory):
+    return run_with_ranks(2, CASES, tmp_path_factory.mktemp("ranks"), PYTHONPATH=f"{ROOT}:{paper_folder}")
 
 
 @pytest.fixture(scope="module")
@@ -501,6 +518,13 @@ def test_same_step_however_computed(results, case):
     assert found["grad_norm"] > 1e-3 and (found["clip_fraction"] > 0.05) == case.endswith("/clip")
     start = dict(model().named_parameters())
     assert any(not torch.equal(start[key], parameters[key]) for key in parameters)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_same_step_with_two_ranks(results, two_ranks, case):
+    assert (2, f"{case}:{SMALL}") in two_ranks
+    check_same_step({**results, **two_ranks}, case)
 
 
 TOYS = {  # flags with which the clip or the choice is at work
