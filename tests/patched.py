@@ -31,6 +31,7 @@ def patched(name, folder, exact=True):
     command = ["patch", str(BASE), str(diff), "-o", str(path), "-r", "-", *["--fuzz=0"] * exact]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     if done.returncode or exact and "offset" in done.stdout:
+        path.unlink(missing_ok=True)  # it may be half of it
         sys.exit(f"error: {diff.name} does not fit grpo.py any more (python tests/patched.py --remake, and look at the "
                  f"diff): {' '.join(done.stdout.split())}")
     return path

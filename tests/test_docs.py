@@ -48,7 +48,7 @@ def commands():
 
 
 class Clone:
-    """A folder with the scripts, the papers' among them, the tests, and each .jsonl that README names."""
+    """A folder with the scripts, the tests, and what README names besides: papers' scripts, and .jsonl files."""
 
     def __init__(self, folder):
         self.folder, self.runs, self.launched = folder, {}, False  # runs: {script: folder of its last run}
@@ -56,7 +56,8 @@ class Clone:
             shutil.copy(path, folder)
         (folder / "tests").symlink_to(ROOT / "tests")
         for name in PAPERS:
-            patched(name, folder)
+            if f"python {name}.py" in README:
+                patched(name, folder)
         rows = evaluation.load_problems("arithmetic", "train")[:4]
         for name in {"my.jsonl", *re.findall(r"[\w-]+\.jsonl", README)}:
             lines = [{**row, "completion": f"\\boxed{{{row['answer']}}}"} for row in rows]  # with what --grade reads

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("papers")
     (folder / "tests").symlink_to(ROOT / "tests")
     shutil.copy(ROOT / "eval.py", folder)
-    sys.path.append(str(folder))
+    sys.path.insert(0, str(folder))  # before the root, where someone's older gmpo.py may lie
     yield folder
     sys.path.remove(str(folder))
 
@@ -118,6 +118,7 @@ def test_a_patch_that_does_not_fit(tmp_path, monkeypatch):
     for exact in (True, False):
         with pytest.raises(SystemExit, match="^error: gspo.diff does not fit [^\n]*FAILED[^\n]*$"):
             patched.patched("gspo", tmp_path, exact)
+        assert not (tmp_path / "gspo.py").exists()
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(SystemExit, match="^error: [^\n]*needs the program patch[^\n]*$"):
         patched.patched("gspo", tmp_path)
@@ -500,7 +501,7 @@ def results(paper_folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(paper_folder, tmp_path_factory):
-    return run_with_ranks(2, CASES, tmp_path_factory.mktemp("ranks"), PYTHONPATH=f"{ROOT}:{paper_folder}")
+    return run_with_ranks(2, CASES, tmp_path_factory.mktemp("ranks"), PYTHONPATH=f"{paper_folder}:{ROOT}")
 
 
 @pytest.fixture(scope="module")
