@@ -61,6 +61,16 @@ def script(request):
     return importlib.import_module(request.param)
 
 
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 FIRST = [SCRIPTS[0], *(pytest.param(name, marks=pytest.mark.long) for name in SCRIPTS[1:])]
 
 

@@ -30,6 +30,12 @@ VARIANTS = {
     "grpo_lambda_traces": {"trace": {}, "weight": {"variant": "weight", "style": "recent"}, "clip": {"style": "recent", **SEVERAL}},
     "lambda_grpo_learnable": {"lam": {"lam_init": 0.5}, "clip": {"lam_init": -0.5, **SEVERAL}},
     "lambda_grpo_prm": {"prm": {}, "clip": SEVERAL, "beta": {"updates_per_batch": 2, "beta": 0.1, "lr": 3e-5}},
+    # The papers: test_papers.py puts their scripts into PYTHONPATH
+    "gmpo": {"clip": SEVERAL},
+    "gspo": {"clip": {**SEVERAL, "clip_low": 2e-4, "clip_high": 2e-4}},
+    "cispo": {"clip": {**SEVERAL, "clip_low": 1.0}},
+    "krpo": {"krpo": {}},
+    "pods": {"pods": {"keep": 3}},
 }
 
 

@@ -1,10 +1,8 @@
-"""README.md and tests/README.md against the code: commands run, what is named exists, figures have a command, GMPO works."""
+"""README.md and tests/README.md against the code: commands run, what is named exists, figures have a command."""
 
 import argparse
 import importlib
-import importlib.util
 import json
-import math
 import os
 import re
 import runpy
@@ -17,12 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, launch, metrics
-from test_algorithm import LENGTHS, REWARDS, batch, ragged
+from patched import PAPERS, patched
 from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser
 
 import eval as evaluation
-import grpo
 
 PAGES = [(ROOT / "README.md").read_text(), (ROOT / "tests" / "README.md").read_text()]
 README = "\n".join(PAGES)
@@ -50,34 +47,17 @@ def commands():
 # A reader's clone of the repository, and how the commands are run in it -----------------------------------------------
 
 
-def gmpo_source():
-    """grpo.py with README's diff applied: by content, not by line number."""
-    text = (ROOT / "grpo.py").read_text()
-    (diff,) = [content for language, content in FENCED if language == "diff" and "+++ gmpo.py" in content]
-    hunks = re.findall(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n((?:[ +-].*\n)+)", diff, re.M)
-    assert hunks, "no hunk in README's diff"
-    changed = 0
-    for old_count, new_count, hunk in hunks:
-        lines = hunk.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] in " -")
-        new = "".join(line[1:] for line in lines if line[0] in " +")
-        assert (old.count("\n"), new.count("\n")) == (int(old_count), int(new_count)), "the hunk's header miscounts"
-        assert text.count(old) == 1, f"README's diff does not fit grpo.py any more: not found (once):\n{old}"
-        text = text.replace(old, new)
-        changed += sum(line[0] in "+-" for line in lines)
-    assert changed <= 12
-    return text
-
-
 class Clone:
-    """A folder with the scripts, README's gmpo.py, the tests, and each .jsonl that README names."""
+    """A folder with the scripts, the tests, and what README names besides: papers' scripts, and .jsonl files."""
 
     def __init__(self, folder):
         self.folder, self.runs, self.launched = folder, {}, False  # runs: {script: folder of its last run}
         for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
             shutil.copy(path, folder)
         (folder / "tests").symlink_to(ROOT / "tests")
-        (folder / "gmpo.py").write_text(gmpo_source())
+        for name in PAPERS:
+            if f"python {name}.py" in README:
+                patched(name, folder)
         rows = evaluation.load_problems("arithmetic", "train")[:4]
         for name in {"my.jsonl", *re.findall(r"[\w-]+\.jsonl", README)}:
             lines = [{**row, "completion": f"\\boxed{{{row['answer']}}}"} for row in rows]  # with what --grade reads
@@ -199,7 +179,7 @@ def naming(clone, words):
 
 
 HOW = [  # how a command is covered: the first pattern that fits says it
-    (PYTHON + r" (gmpo|" + "|".join(SCRIPTS) + r")\.py\b", training),
+    (PYTHON + r" (" + "|".join(SCRIPTS + PAPERS) + r")\.py\b", training),
     (r"(srun .*)?torchrun ", torchrun),
     (PYTHON + r" eval\.py\b", evaluating),
     (PYTHON + r" tests/\w+\.py\b", measuring),
@@ -230,14 +210,14 @@ def test_command(command, clone):
 
 
 def test_files(clone):
-    """Files exist in the repository or in the folder of a run; gmpo.py, X.py and .jsonl files are the reader's."""
+    """Files exist in the repository or in the folder of a run; the papers' scripts, X.py and .jsonl are the reader's."""
     run = clone.folder / clone.run_of("grpo")
     text = re.sub(r"https?://\S+", "", README)
     named = set(re.findall(rf"(?<![\w./-])[\w./-]*\w\.(?:{FILES})(?!\w)", text))
     named |= {word for span in SPANS for word in span.split() if re.fullmatch(r"[\w.-]+/[\w./-]*", word)}
     named |= {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("#")} - {""}
     for name in sorted(named):
-        if re.match(r"\.venv/|[A-Z]\w*/", name) or name in ("X.py", "gmpo.py"):  # an environment, a hub id
+        if re.match(r"\.venv/|[A-Z]\w*/", name) or name.removesuffix(".py") in ("X", *PAPERS):  # an environment, a hub id
             continue
         place = re.sub(r"^runs/[^/]+/?", "", name)
         places = (ROOT / name, ROOT / "tests" / name, run / place)
@@ -282,6 +262,12 @@ def test_diffs_that_are_shown():
         for line in diff.splitlines():
             source = (ROOT / f"{name if line[0] == '+' else 'grpo'}.py").read_text()
             assert line[1:] in source, f"README shows {line!r}"
+
+
+def test_the_patch_that_is_shown():
+    """The other page's diff stands in tests/papers/gmpo.diff."""
+    (shown,) = [content for language, content in FENCE.findall(PAGES[1]) if language == "diff"]
+    assert shown in (ROOT / "tests" / "papers" / "gmpo.diff").read_text()
 
 
 def test_the_front_page_is_short():
@@ -335,76 +321,3 @@ def test_figures_have_a_command(text):
 def test_there_are_figures_and_commands():
     """The tests above would be silent if README's form changed so that nothing is found."""
     assert len(figures()) >= 5 and len(commands()) >= 8 and len(SPANS) >= 50
-
-
-# "Write your own variant" ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gmpo(clone):
-    spec = importlib.util.spec_from_file_location("gmpo", clone.folder / "gmpo.py")
-    module = sys.modules["gmpo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_default_dtype(torch.float64)
-    yield module
-    torch.set_default_dtype(torch.float32)
-
-
-def equation_4(logp, old, advantages, low, high):
-    """GMPO's J, arXiv 2507.20673 eq. 4: product of tokens, root, sign. logp, old: [P][G][|o|] nested lists."""
-    total = 0
-    for group, group_old, group_advantages in zip(logp, old, advantages):
-        for completion, completion_old, advantage in zip(group, group_old, group_advantages.tolist()):
-            product = 1.0
-            for new, before in zip(completion, completion_old):
-                ratio = torch.exp(new - before)
-                product = product * torch.min(ratio * advantage, torch.clamp(ratio, low, high) * advantage).abs()
-            if advantage != 0:  # sgn(0) = 0
-                total = total + product ** (1 / len(completion)) * (1 if advantage > 0 else -1) / len(group)
-    return total / len(logp)
-
-
-@pytest.mark.parametrize("clip_low, clip_high", [(0.2, 0.2), (1 - math.exp(-0.4), math.exp(0.4) - 1)])
-def test_gmpo_is_the_papers(gmpo, clip_low, clip_high):
-    new, old, _, mask = batch(LENGTHS, seed=0, drift=0.5)
-    advantages = gmpo.group_advantages(torch.tensor(REWARDS))
-    assert advantages.max() > 0 > advantages.min()
-    leaves = ragged(new, LENGTHS, grad=True)
-    expected = -equation_4(leaves, ragged(old, LENGTHS), advantages, 1 - clip_low, 1 + clip_high)
-    expected.backward()
-
-    garbage = torch.where(mask, 0.0, float("nan"))
-    logp = (new + garbage).flatten(0, 1).requires_grad_()
-    weights = gmpo.token_weights(mask).flatten(0, 1)
-    loss, stats = gmpo.policy_loss(
-        logp, (old + garbage).flatten(0, 1), advantages.flatten(), weights, clip_low, clip_high)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
-    for gradient, completion in zip(logp.grad, [completion for group in leaves for completion in group]):
-        grads = torch.stack([torch.zeros(()) if leaf.grad is None else leaf.grad for leaf in completion])
-        torch.testing.assert_close(gradient[: len(completion)], grads, rtol=1e-9, atol=1e-14)
-        assert gradient[len(completion) :].eq(0).all()
-    assert 0.05 < stats["clip_fraction"] / stats["tokens"] < 0.5
-
-    other, _ = grpo.policy_loss(logp.detach(), (old + garbage).flatten(0, 1), advantages.flatten(), weights)
-    assert abs(other.item() - loss.item()) > 1e-3  # it is not GRPO
-
-
-def test_gmpo_is_grpo_when_on_policy(gmpo):
-    new, _, _, mask = batch(LENGTHS, seed=1)
-    advantages, weights = gmpo.group_advantages(torch.tensor(REWARDS)).flatten(), gmpo.token_weights(mask).flatten(0, 1)
-    gradients = []
-    for script in (gmpo, grpo):
-        logp = new.flatten(0, 1).requires_grad_()
-        script.policy_loss(logp, logp.detach(), advantages, weights)[0].backward()
-        gradients.append(logp.grad.clone())
-        new = new.detach()
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
-
-
-def test_gmpo_of_rows_without_weight(gmpo):
-    """A rank that is short of micro-batches repeats a row with weights 0: it must add nothing."""
-    logp = torch.randn(2, 5).requires_grad_()
-    loss, _ = gmpo.policy_loss(logp, torch.randn(2, 5), torch.tensor([1.0, -1.0]), torch.zeros(2, 5))
-    loss.backward()
-    assert loss == 0 and logp.grad.eq(0).all()

@@ -15,6 +15,14 @@ CASES = [f"{name}/{variant}" for name in SCRIPTS for variant in VARIANTS[name]]
 ONCE = lambda case: not case.endswith(("clip", "beta"))  # noqa: E731  after one update Adam has magnified all rounding
 
 
+def run_with_ranks(ranks, cases, folder, **environment):
+    """{(ranks, case:budget): (metrics, parameters)}, a few tokens at a time."""
+    arguments = ["tests/step_worker.py", folder / str(ranks), *(f"{case}:{SMALL}" for case in cases)]
+    done = launch(arguments, ranks=ranks, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {(ranks, case): result for case, result in torch.load(folder / str(ranks)).items()}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, request):
     """{(ranks, case:budget): (metrics, parameters)}: one rank all at once and one by one; 2, with --all 3, a few at a time."""
@@ -25,9 +33,7 @@ def results(tmp_path_factory, request):
             found[1, f"{case}:{budget}"] = run_case(f"{case}:{budget}")
     dist.destroy_process_group()
     for ranks in (2, 3) if request.config.option.all else (2,):
-        done = launch(["tests/step_worker.py", folder / str(ranks), *(f"{case}:{SMALL}" for case in CASES)], ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.update({(ranks, case): result for case, result in torch.load(folder / str(ranks)).items()})
+        found.update(run_with_ranks(ranks, CASES, folder))
         here, there = (safetensors.torch.load_file(where / "model.safetensors") for where in (folder / f"{ranks}-final", TINY))
         assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in there)  # tied ones: once
     return found
@@ -35,6 +41,11 @@ def results(tmp_path_factory, request):
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_step_however_computed(results, case):
+    check_same_step(results, case)
+
+
+def check_same_step(results, case):
+    """One rank with all at once, against all else in the results: metrics and parameters."""
     metrics, parameters = results[1, f"{case}:{WHOLE}"]
     norm = torch.cat([tensor.flatten() for tensor in parameters.values()]).norm()
     once = ONCE(case)
@@ -46,6 +57,8 @@ def test_same_step_however_computed(results, case):
             tolerance = {"rel": 1e-5, "abs": 1e-7} if once else {"rel": 3e-4, "abs": 3e-6}
             if name == "clip_fraction":
                 tolerance = {"abs": 0 if once else 0.01}  # a token at the very edge of the clip may fall on either side
+            if name == "loss" and once:
+                tolerance = {"rel": 1e-5, "abs": 1e-6}  # on-policy it may be rounding alone
             if name == "logp_diff":
                 tolerance = {"abs": 1e-6}  # it is rounding itself
             assert other[name] == pytest.approx(metrics[name], **tolerance), (key, name)
@@ -67,14 +80,6 @@ def model():
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_micro_batches(script, alone):
