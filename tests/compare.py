@@ -3,6 +3,7 @@
     python tests/compare.py                 everything: some 100 minutes on two idle cores; a second start goes on
     python tests/compare.py --draw          tables and picture again, from the runs that are there
     python tests/compare.py --draw runs/a runs/b --picture ab.png          the curves of any runs together
+    python tests/compare.py --methods "gspo.py --updates_per_batch 3" --tasks far --output runs/gspo       a paper's patch
 
 toy    what the scripts do without --model: long answers are right, because they show the steps of a sum.
 chain  the problem "48216?" names five doors, and the largest is the right one. An answer names a door with its first
@@ -57,6 +58,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from eval import draw_curves, fail  # noqa: E402
 from make_tiny import BOX, make_tokenizer  # noqa: E402
+from patched import PAPERS, patched  # noqa: E402
 from reproduce_prm_table1 import interval, p_value  # noqa: E402
 
 TUNED = (
@@ -212,6 +214,8 @@ def run(args, task, method, rate, seed):
     data = ["--model", model, "--dataset", model / "problems.jsonl"] if answer else ["--eval_dataset", ""]
     command = [f"{name}.py", *own, *flags.split(), *data, "--steps", args.steps or steps, "--lr", rate, "--seed", seed]
     command += ["--save_every", 0, "--output_dir", part]
+    if name in PAPERS:
+        sys.path.append(str(args.output / "papers"))
     script = importlib.import_module(name)
     before = sys.argv, script.rewards_of
     sys.argv, script.rewards_of = list(map(str, command)), recording(script.rewards_of, reward, part / "wrong.jsonl")
@@ -239,8 +243,13 @@ def mean_reward(rows):
     return mean([row["reward"] for row in rows])
 
 
-def methods_of(task):
-    return [*TUNED, *(method for method, tasks in VARIATIONS.items() if task in tasks)]
+def tuned(args):
+    """The methods that have a sweep: TUNED, or grpo.py and those of --methods."""
+    return ["grpo.py", *args.methods] if args.methods else list(TUNED)
+
+
+def methods_of(args, task):
+    return tuned(args) + ([] if args.methods else [method for method, tasks in VARIATIONS.items() if task in tasks])
 
 
 def seeds_of(args, stage):
@@ -258,7 +267,7 @@ def sweep_of(args, task, method):
 
 
 def best_rate(args, task, method):
-    found = sweep_of(args, task, method if method in TUNED else method.split()[0])
+    found = sweep_of(args, task, method if method in tuned(args) else method.split()[0])
     return max(found, key=found.get) if found else args.rates[0]
 
 
@@ -279,12 +288,17 @@ def run_all(args):
         folder = args.output / f"{task}-model"
         if TASKS[task].answer and not folder.exists():
             teach(folder, TASKS[task].answer, args.model_steps)
+    for name in {method.partition(".py")[0] for method in args.methods or ()} & set(PAPERS):
+        (args.output / "papers").mkdir(exist_ok=True)
+        patched(name, args.output / "papers")
+        if not (args.output / "papers" / "tests").exists():
+            (args.output / "papers" / "tests").symlink_to(HERE)  # as in a checkout's root
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for stage in ("sweep", "seeds"):
             wanted = [  # seed by seed, so that a busy hour of the machine meets all alike, and what is done is whole
                 (task, method, rate, seed)
                 for seed, task in itertools.product(seeds_of(args, stage), args.tasks)
-                for method in (TUNED if stage == "sweep" else methods_of(task))
+                for method in (tuned(args) if stage == "sweep" else methods_of(args, task))
                 for rate in (args.rates if stage == "sweep" else [best_rate(args, task, method)])
             ]
             missing = [what for what in wanted if read(folder_of(args.output, *what)) is None]
@@ -307,7 +321,7 @@ def results(args):
     """{task: {method: runs at its best rate, one a seed, each a list of rows}} of all that are finished."""
     found = {}
     for task in args.tasks:
-        for method in methods_of(task):
+        for method in methods_of(args, task):
             rate = best_rate(args, task, method)
             runs = [read(folder_of(args.output, task, method, rate, seed)) for seed in seeds_of(args, "seeds")]
             if None in runs:
@@ -347,9 +361,10 @@ def comparisons(found):
     for task, methods in found.items():
         own = {method: measures(runs, TASKS[task].target) for method, runs in methods.items()}
         for method in methods:
-            base = "grpo.py --updates_per_batch 3" if "updates_per_batch" in method else "grpo.py"
+            base = "grpo.py --updates_per_batch 3" if "--updates_per_batch 3" in method else "grpo.py"
+            base = base if base in methods else "grpo.py"
             for other in (base, "grpo.py --loss dapo") if method.startswith("lambda") else (base,):
-                if other != method:
+                if other != method and other in methods:
                     rows.append((task, method, other, *(
                         [a - b for a, b in zip(own[method][key], own[other][key])]
                         for key in ("mean reward", "final reward"))))
@@ -401,7 +416,7 @@ def table(args, found):
               "| task | script | its metrics |", "|---|---|---|"]
     for task, methods in found.items():
         for method, runs in methods.items():
-            keys = OWN_METRICS[method.split(".py")[0]]
+            keys = OWN_METRICS.get(method.split(".py")[0], OWN_METRICS["grpo"])
             cells = []
             for key in keys:
                 first, last = (mean([rows[step][key] for rows in runs]) for step in (0, -1))
@@ -413,7 +428,7 @@ def table(args, found):
         lines += ["", f"The sweep: mean reward over all steps, seeds {seeds}; the best is bold.", "",
                   "| task | script | " + " | ".join(f"lr {rate:g}" for rate in args.rates) + " |",
                   "|---" * (2 + len(args.rates)) + "|"]
-        for task, method in itertools.product(args.tasks, TUNED):
+        for task, method in itertools.product(args.tasks, tuned(args)):
             cells = [f"**{value:.3f}**" if rate == best_rate(args, task, method) else f"{value:.3f}"
                      for rate, value in sweep_of(args, task, method).items()]
             lines.append(f"| {task} | `{method}` | " + " | ".join(cells) + " |")
@@ -422,14 +437,14 @@ def table(args, found):
 
 # Picture --------------------------------------------------------------------------------------------------------------
 
-LOOKS = dict(zip(TUNED, (  # colour, lightness, line style and marker all differ: the picture works in grey, too
+LOOKS = (  # colour, lightness, line style and marker all differ: the picture works in grey, too
     dict(color="#000000", linestyle="-", marker="o"),
     dict(color="#a9a9a9", linestyle="--", marker="s"),
     dict(color="#a50f2a", linestyle="-", marker="^"),
     dict(color="#e08a9b", linestyle=(0, (4, 1)), marker="P"),
     dict(color="#2f7fc1", linestyle="-.", marker="D"),
     dict(color="#f5bd30", linestyle=(0, (1.2, 0.8)), marker="v"),
-)))
+)
 
 
 def curve(runs, key):
@@ -447,25 +462,26 @@ def draw(args, found):
     import matplotlib.pyplot as plt
     from PIL import Image  # comes with matplotlib
 
+    shown, looks = tuned(args), dict(zip(tuned(args), itertools.cycle(LOOKS)))
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found) + 1, 7), layout="constrained", squeeze=False,
                                 height_ratios=(3, 2))
     for (task, methods), (above, below) in zip(found.items(), axes.T):
-        for place, method in enumerate(TUNED):
+        for place, method in enumerate(shown):
             centre, half = curve(methods[method], "reward")
             steps = range(1, len(centre) + 1)
             every = max(1, len(steps) // 4)
-            look = {"markeredgecolor": "black", "markersize": 7, **LOOKS[method]}
-            above.plot(steps, centre, linewidth=2.2, markevery=(place * every // len(TUNED), every), label=method, **look)
+            look = {"markeredgecolor": "black", "markersize": 7, **looks[method]}
+            above.plot(steps, centre, linewidth=2.2, markevery=(place * every // len(shown), every), label=method, **look)
             low, high = [a - b for a, b in zip(centre, half)], [a + b for a, b in zip(centre, half)]
             above.fill_between(steps, low, high, color=look["color"], alpha=0.1, linewidth=0)  # nothing with one seed
         above.set(title=f"{task}: reward", xlabel="step", ylim=(None, 1.03))
         above.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         pairs = [(method, early) for name, method, base, early, _ in comparisons({task: methods})
-                 if base == "grpo.py" and method in TUNED]
+                 if base == "grpo.py" and method in shown]
         for place, (method, early) in enumerate(pairs):
             centre, half = interval(early)
-            look = {key: value for key, value in LOOKS[method].items() if key != "linestyle"}
+            look = {key: value for key, value in looks[method].items() if key != "linestyle"}
             below.errorbar(centre, -place, xerr=None if math.isnan(half) else half, capsize=4, markersize=8,
                            markeredgecolor="black", elinewidth=2.2, **look)
         below.axvline(0, color="black", linewidth=0.8)
@@ -500,6 +516,8 @@ def parse_args():
     rates = [1e-4, 3e-4, 1e-3]
     parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of the sweep (default: 1e-4 3e-4 1e-3)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all four")
+    parser.add_argument("--methods", nargs="+", metavar="COMMAND", help="only grpo.py and these, each tuned: a script, or a "
+                        "paper's patch in tests/papers, with its flags")
     parser.add_argument("--draw", nargs="*", metavar="RUN", help="train nothing: tables and picture from --output; with "
                         "folders of runs, whatever they are: their curves together, into --picture")
     args = parser.parse_args()
@@ -515,6 +533,10 @@ def parse_args():
         fail("--sweep_seeds must be 0 or above, and --rates above 0")
     if args.sweep_seeds == 0 and len(args.rates) > 1:
         fail("--sweep_seeds 0 leaves no sweep to choose a rate: give a single one in --rates")
+    for method in args.methods or ():
+        known = method.partition(".py")[0] in (*PAPERS, *(method.partition(".py")[0] for method in TUNED))
+        if not known or method == "grpo.py":
+            fail(f"--methods {method!r}: a script with its flags, such as 'gspo.py --updates_per_batch 3'")
     check_settings(args)
     return args
 

@@ -10,6 +10,9 @@ from conftest import ROOT
 import compare
 
 
+ARGS = argparse.Namespace(methods=None, seeds=1, sweep_seeds=0, rates=[1e-4], tasks=["tree"])
+
+
 def start(folder, *flags):
     """compare.py with tiny settings, as its command line would, on two of its tasks."""
     settings = "--seeds 1 --sweep_seeds 0 --rates 1e-4 --steps 2 --model_steps 2 --jobs 1 --tasks toy tree".split()
@@ -36,7 +39,7 @@ def rows_of(output, task, method):
 def test_the_table_is_the_runs(output):
     text = (output / "table.md").read_text()
     lines = [line.split(" | ") for line in text.partition("What the methods")[0].splitlines() if "`" in line]
-    every = [(task, method) for task in ("toy", "tree") for method in compare.methods_of(task)]
+    every = [(task, method) for task in ("toy", "tree") for method in compare.methods_of(ARGS, task)]
     assert [(line[0], line[1]) for line in lines] == [(f"| {task}", f"`{method}`") for task, method in every]
     assert len(every) == 17
     for line in lines:
@@ -50,8 +53,8 @@ def test_the_table_is_the_runs(output):
 
 def test_the_length_of_wrong_answers(output):
     """In tokens, of what earns less than 1; on the tree nearly all does, so it is the mean length, perhaps without the end."""
-    args = argparse.Namespace(output=output, seeds=1, sweep_seeds=0, rates=[1e-4], tasks=["tree"])
-    for rows in compare.results(args)["tree"]["grpo.py"]:
+    ARGS.output = output
+    for rows in compare.results(ARGS)["tree"]["grpo.py"]:
         assert all(-0.1 < row["length"] - row["wrong_length"] < 1.1 for row in rows)
     rewards_of = compare.recording(None, compare.tree_reward, output / "wrong")
     assert rewards_of(["++=+", "++\\boxed{=", "="], [{"problem": ""}] * 3, None) == [1.0, -0.5, 0.7]
@@ -99,6 +102,16 @@ def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
         start(output, "--steps", "3")
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith("error: --output") and said.count("\n") == 1
+
+
+def test_a_papers_patch_beside_grpo(tmp_path, capsys):
+    start(tmp_path, "--tasks", "toy", "--methods", "gspo.py --clip_high 0.1", "lambda_grpo_prm.py")
+    lines = [line.split(" | ")[1] for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| toy")]
+    assert lines[:3] == ["`grpo.py`", "`gspo.py --clip_high 0.1`", "`lambda_grpo_prm.py`"]
+    assert (tmp_path / "toy" / "gspo-clip_high-0.1" / "lr0.0001-seed300" / "metrics.jsonl").exists()
+    with pytest.raises(SystemExit):
+        start(tmp_path, "--methods", "ppo.py")
+    assert "--methods 'ppo.py'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed: only the picture needs it")
