@@ -4,16 +4,16 @@
     python tests/fits.py --cases 1.5B:1,7B:4 --micro_batch_tokens 8192 --max_prompt_tokens 512
     python tests/fits.py --json FILE                      the same numbers in bytes
 
-A case is size:ranks. torch runs the step on fake tensors (FakeTensorMode: shapes and storages without memory), in a fake
-process group of that many ranks, and counts what is alive (FSDPMemTracker). Real are Policy, policy_loss, FSDP2, the
-checkpointing and autograd. By hand are: load_policy, which reads files (`wrap` is its lines; test_gpu.py holds the two
-against each other), the two micro-batches, and mask.nonzero, whose size no fake tensor knows. Where it ends:
+A case is size:ranks. torch runs the step on fake tensors (FakeTensorMode: shapes and storages without memory), in a
+fake process group of that many ranks, and counts what is alive (FSDPMemTracker). Real are Policy, policy_loss, FSDP2,
+checkpointing and autograd. By hand are: load_policy, which reads files (`wrap` has its lines; test_gpu.py holds the two
+against each other), the two micro-batches, and mask.nonzero, whose size a fake tensor cannot know. Where it ends:
 
 - The device is "cpu" with a GPU's settings (bf16, checkpointing). A build without CUDA has no streams, and FSDP2 asks
   for them; and attention would fall back to its T × T form, where a GPU has, as the CPU has here, a flash kernel.
-- AdamW's step is left out: its fused kernel works in place on a GPU, but on fake tensors it is counted as a copy of
+- AdamW's step is left out: its fused kernel works in place on a GPU, but on fake tensors it counts as a copy of
   everything. Its states are there from the start, so the micro-batches are those of a run's second step.
-- Not counted: CUDA's context, NCCL's buffers, vLLM, and what the allocator cuts up and cannot use. OUTSIDE stands for them.
+- Not counted: CUDA's context, NCCL's buffers, vLLM, what the allocator cuts up and cannot use: OUTSIDE stands for them.
 """
 
 import argparse
@@ -44,7 +44,7 @@ import grpo  # noqa: E402
 from eval import check, fail  # noqa: E402
 
 SHAPES = {  # of Qwen2.5: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
-    "tiny": (64, 128, 2, 4, 2, 4096, True),
+    "tiny": (128, 256, 2, 4, 2, 4096, True),
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
     "7B": (3584, 18944, 28, 28, 4, 152_064, False),
@@ -106,6 +106,12 @@ def wrap(model, mesh, precision):
     return policy.float()
 
 
+def mesh_of(device, ranks):
+    """load_policy's mesh: shards inside a node, replicas across nodes."""
+    shards = min(ranks, NODE)
+    return init_device_mesh(device, (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
 class KnownMask(TorchFunctionMode):
     """Answers mask.nonzero(as_tuple=True) for a mask [B, T] of ones: fake tensors hold no values to count."""
 
@@ -120,7 +126,7 @@ class KnownMask(TorchFunctionMode):
 
 
 class Largest(TorchDispatchMode):
-    """The largest storage that any operation returned: its bytes, and the operation with its output's shape and type."""
+    """The largest storage that any operation returned: its bytes; the operation, its output's shape and type."""
 
     def __init__(self):
         super().__init__()
@@ -141,19 +147,19 @@ def micro_batch(policy, rows, prompt, completion):
     """Forward and backward of rows × (prompt + completion) tokens, as train_step does it."""
     input_ids, starts = torch.zeros(rows, prompt + completion, dtype=torch.long), torch.full((rows,), prompt)
     mask, advantages = torch.ones(rows, completion, dtype=torch.bool), torch.zeros(rows)
-    # transformers looks into the positions for packed sequences, finds none, and then needs no mask; not so in fake ones
-    with KnownMask(rows * completion), patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None):
+    # transformers looks for packed sequences among the positions, and makes no mask if there are none; fake ones have
+    # no values, and it would make one
+    unpacked = patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
+    with KnownMask(rows * completion), unpacked:
         logp, _ = policy(input_ids, starts, mask)  # [B, T]
     loss, _ = grpo.policy_loss(logp, logp.detach(), advantages, mask.float())
     loss.backward()
 
 
 def simulate(config, ranks, rows, prompt, completion):
-    """Peak of the second of two micro-batches on rank 0: ({row: bytes}, {"bytes", "what"} of the largest temporary)."""
+    """Peak of the second of two micro-batches on rank 0: ({row: bytes}, {"bytes", "what"} of the largest tensor)."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    shards = min(ranks, NODE)
-    check(ranks % shards == 0, f"--cases: {ranks} ranks are no whole number of nodes of {NODE}")
-    mesh = init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh_of("cpu", ranks)  # before FakeTensorMode: it makes real tensors
     try:
         with FakeTensorMode():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -168,7 +174,7 @@ def simulate(config, ranks, rows, prompt, completion):
                 for _ in range(2):  # the second beside the gradients of the first
                     micro_batch(policy, rows, prompt, completion)
                     tracker.reset_mod_stats()
-            (peak,) = tracker.get_tracker_snapshot("peak").values()
+            peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     finally:
         dist.destroy_process_group()
     peak = {getattr(kind, "value", kind): number for kind, number in peak.items()}
@@ -203,7 +209,9 @@ def main():
     options = parser.parse_args()
     cases = [case.partition(":")[::2] for case in options.cases.split(",")]
     for size, ranks in cases:
-        check(size in SHAPES and ranks.isdigit() and int(ranks) > 0, f"--cases: size:ranks, size one of {list(SHAPES)}")
+        known = size in SHAPES and ranks.isdigit() and int(ranks) > 0
+        check(known and (int(ranks) < NODE or int(ranks) % NODE == 0),
+              f"--cases {options.cases}: size:ranks; sizes {', '.join(SHAPES)}; below {NODE} ranks, or whole nodes")
     warnings.filterwarnings("ignore")
     longest = options.max_prompt_tokens + options.max_new_tokens
     rows = max(1, options.micro_batch_tokens // longest)
