@@ -150,12 +150,26 @@ def training_step(here, longest):
     completions = [grpo.Completion(draw(n), "stop", [-math.log(vocabulary)] * n) for n in lengths]
     rewards = (torch.arange(len(lengths), device=here.device) % 2).float().view(prompts, group_size)
     totals = [prompt + length for length in lengths]
-    # 6·N a token, and attention: 12·S²·hidden a layer and sequence, half of it masked; no recomputation counted
-    size, attention = fits.parameters_of(here.config)[0], here.config.num_hidden_layers * here.config.hidden_size
-    operations = 6 * size * sum(totals) + 6 * attention * sum(total**2 for total in totals)
     plan = grpo.micro_batches(totals, budget, here.device)
-    work = {"tokens": sum(totals), "longest": max(totals), "micro_batches": len(plan), "operations": operations}
+    work = {"tokens": sum(totals), "longest": max(totals), "micro_batches": len(plan)}
+    work["operations"] = operations(here.config, totals)
     return lambda: grpo.train_step(policy, None, optimizer, args, asked, completions, rewards), work
+
+
+def operations(config, totals):
+    """Of a forward and backward pass over sequences of so many tokens: 6·N a token, and attention. A layer's takes
+    12·S²·hidden, of which the causal mask leaves half. What checkpointing recomputes is not counted."""
+    attention = 6 * config.num_hidden_layers * config.hidden_size * sum(total**2 for total in totals)
+    return 6 * fits.parameters_of(config)[0] * sum(totals) + attention
+
+
+def union(spans):
+    """The time that (start, end, ...) cover, however they overlap, and that from the first start to the last end."""
+    covered, reached = 0, -math.inf
+    for start, end, *_ in sorted(spans):
+        covered += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered, reached - min(spans)[0]
 
 
 def run(*command):
@@ -275,7 +289,7 @@ def step2k(here, longest=2048):
     share, speed = work["operations"] / seconds / peak, work["tokens"] / seconds
     numbers = {**work, "seconds": seconds, "tokens_per_second": speed, "share_of_peak": share}
     text = (f"{share:.1%} of the card's {peak / 1e12:.0f} T operations/s, {speed:.0f} tokens/s a rank: "
-            f"{work['tokens']} in {work['micro_batches']} micro-batches, up to {work['longest']} a sequence, {seconds:.2f} s")
+            f"{work['tokens']} in {work['micro_batches']} micro-batches, rows up to {work['longest']}; {seconds:.2f} s")
     if here.gpu:
         numbers["gb_allocated"] = torch.cuda.max_memory_allocated() / 1e9
         text += f", {numbers['gb_allocated']:.1f} GB"
@@ -303,16 +317,14 @@ def where(here):
             spans.append((event.time_range.start, event.time_range.start + event.self_cpu_time_total, event.name))
         elif event.device_type == torch.autograd.DeviceType.CUDA and not re.match("FSDP::|Optimizer", event.name):
             spans.append((event.time_range.start, event.time_range.end, event.name))  # without marks in the timeline
-    totals, busy, reached = {}, 0, -math.inf
-    for start, end, name in sorted(spans):
+    totals, kinds, (busy, elapsed) = {}, dict.fromkeys(KINDS, 0), union(spans)
+    for start, end, name in spans:
         totals[name] = totals.get(name, 0) + end - start
-        busy += max(0, end - max(start, reached))  # the union of all spans
-        reached = max(reached, end)
-    whole, kinds = sum(totals.values()), dict.fromkeys(KINDS, 0)
+    whole = sum(totals.values())
     for name in totals:
         kinds[next(kind for kind in KINDS if re.search(KINDS[kind], name.lower()))] += totals[name] / whole
     longest = sorted(totals, key=totals.get, reverse=True)[:10]
-    numbers = {"kinds": kinds, "gaps": 1 - busy / (reached - min(spans)[0]), "waits_per_micro_batch": waits}
+    numbers = {"kinds": kinds, "gaps": 1 - busy / elapsed, "waits_per_micro_batch": waits}
     numbers["longest"] = {name: totals[name] / whole for name in longest}
     text = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
     text += f"; nothing runs for {numbers['gaps']:.1%} of the time; the host waits {waits:.1f} times a micro-batch"
