@@ -115,13 +115,14 @@ def mesh_of(device, ranks):
 class KnownMask(TorchFunctionMode):
     """Answers mask.nonzero(as_tuple=True) for a mask [B, T] of ones: fake tensors hold no values to count."""
 
-    def __init__(self, entries):
+    def __init__(self, rows, length):
         super().__init__()
-        self.entries = entries
+        self.rows, self.length = rows, length
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.nonzero:
-            return torch.zeros(2, self.entries, dtype=torch.long).unbind()
+            places = torch.arange(self.rows * self.length)
+            return places // self.length, places % self.length
         return func(*args, **(kwargs or {}))
 
 
@@ -150,7 +151,7 @@ def micro_batch(policy, rows, prompt, completion):
     # transformers looks for packed sequences among the positions, and makes no mask if there are none; fake ones have
     # no values, and it would make one
     unpacked = patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
-    with KnownMask(rows * completion), unpacked:
+    with KnownMask(rows, completion), unpacked:
         logp, _ = policy(input_ids, starts, mask)  # [B, T]
     loss, _ = grpo.policy_loss(logp, logp.detach(), advantages, mask.float())
     loss.backward()

@@ -386,7 +386,8 @@ def resume(here):
         while process.poll() is None and time.monotonic() < deadline and not saved.exists():
             time.sleep(0.01)
         process.kill()
-        check(process.wait() < 0 and saved.exists(), "the run ended by itself, or had no checkpoint after 200 s")
+        if process.wait() >= 0 or not saved.exists():
+            raise RuntimeError("the run ended by itself, or had no checkpoint after 200 s")
         killed = len(log.read_text().splitlines())
         run(ROOT / "grpo.py", "--resume", f"{folder}/run")
         steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
