@@ -94,7 +94,7 @@ def arithmetic(config, shards, tokens):
     }
 
 
-def wrap(model, mesh, precision):
+def wrap(model, mesh, precision, trainable=True):
     """load_policy of a model that is there already, as on a GPU: checkpointing, sharding, fp32 weights."""
     policy = grpo.Policy(model.eval(), 1.0)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -102,7 +102,7 @@ def wrap(model, mesh, precision):
     for layer in layers:
         layer.training = True
     for module in [*layers, policy]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
     return policy.float()
 
 

@@ -66,13 +66,12 @@ def stub_sampler(kind, **attributes):
 
 
 def stub_engine(completions, group_size):
-    """An engine of vLLM that has its answers ready, in vLLM's form: for each token a dict of objects."""
+    """An engine of vLLM that has its answers ready, in the form of flat_logprobs=True."""
     sys.modules["vllm"] = ModuleType("vllm")
     sys.modules["vllm"].SamplingParams = dict
     outputs = []
     for ids, finish, logps in completions:
-        scores = [{token: SimpleNamespace(logprob=logp)} for token, logp in zip(ids, logps)]
-        outputs.append(SimpleNamespace(token_ids=ids, finish_reason=finish, logprobs=scores))
+        outputs.append(SimpleNamespace(token_ids=ids, finish_reason=finish, logprobs=SimpleNamespace(logprobs=logps)))
     requests = [SimpleNamespace(outputs=outputs[i : i + group_size]) for i in range(0, len(outputs), group_size)]
     return SimpleNamespace(generate=lambda *_, **__: requests)
 
