@@ -538,8 +538,10 @@ TOYS = {  # flags with which the clip or the choice is at work
 @pytest.mark.parametrize("name", PAPERS)
 def test_toy_run(paper_folder, tmp_path, name):
     """As a script, in a checkout's root: the reward climbs as grpo.py's does."""
-    done = launch([f"{name}.py", *TOYS[name], "--output_dir", tmp_path / "run"], cwd=paper_folder, PYTHONPATH="")
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [f"{name}.py", *TOYS[name], "--output_dir", tmp_path / "run"]
+    process = launch(arguments, wait=False, cwd=paper_folder, PYTHONPATH="")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
     rows = metrics(tmp_path / "run")
     assert len(rows) == 25 and rows[0]["reward"] <= 0.3 and rows[-1]["reward"] >= 0.85
     assert rows[-1]["eval_accuracy"] >= 0.85
