@@ -330,7 +330,7 @@ def same_number(gold, answer):
 def parts(text):
     r"""A value without the words around it, and its unit: "so x = 15\text{ cm}^2" -> ("x=15", ["2", "^", "cm"])."""
     label, equals, value = text.rpartition("=")
-    match = VALUE.fullmatch(" ".join(TEXT.sub(r" \1 ", value).split()))
+    match = re.search("[a-zA-Z]", value) and VALUE.fullmatch(" ".join(TEXT.sub(r" \1 ", value).split()))
     after = re.sub(r"\^ ?\{ ?([^{} ]*) ?\}|\^ ", r"^\1", match[2].replace(".", "")) if match else "?"
     if CHANGES.search(after):
         return text, []
@@ -343,8 +343,9 @@ def judge_text(gold, answer):
 
     Against a plain value no sum is right ("37+5+81+26"): a model in training would learn to repeat the question.
     """
-    if not gold or not answer or gold.split() == answer.split():
-        return bool(gold and answer)
+    same = gold.split() == answer.split() or same_number(gold, answer)
+    if same is not None or not gold or not answer:
+        return bool(same and gold and answer)
     words = [TEXT.sub(r"\1", text).lower() for text in (gold, answer)]
     if all(re.fullmatch(r"(?=.*[a-z]{2})[a-z\s']*|\d+_\W*\w+\W*", text) for text in words):  # no products of letters
         gold, answer = (re.sub(rf"\b(?:{FILLERS})\b|[{{}}]", "", text).split() for text in words)
@@ -357,8 +358,8 @@ def judge_text(gold, answer):
     sides = [side.strip() for side in answer.split("=") if re.fullmatch(r"(?=.*\S)(?:\\[a-z]+|[^a-z\\])*", side, re.I)]
     if plain and all(UNFINISHED.search(side) for side in sides or [answer]):
         return False
-    verdict = same_number(gold, answer)
-    return (gold, *dict.fromkeys([answer, *sides] if plain else [answer])) if verdict is None else verdict
+    same = same_number(gold, answer)
+    return (gold, *dict.fromkeys([answer, *sides] if plain else [answer])) if same is None else same
 
 
 class Grader:
@@ -457,18 +458,17 @@ def work(deadline, memory_gb):
     import logging
 
     from math_verify import LatexExtractionConfig, grader, parse, parser, verify
-    from sympy import FiniteSet, Tuple, Union
 
     config = [LatexExtractionConfig(False, 0, parser.NormalizationConfig(units=False, malformed_operators=True))]
 
     def read(text):  # math-verify's own time-outs are off (None): they would take our alarm
         text = re.sub(r"(?<![a-z\\])i(?![a-z])", "{I}", text)  # the root of -1
         trees = parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
-        items = trees[0] if trees and isinstance(trees[0], (FiniteSet, Tuple)) else [None]
+        items = trees[0] if trees and isinstance(trees[0], (grader.FiniteSet, grader.Tuple)) else [None]
         if all(map(grader.is_equation, items)) and len({item.args[0] for item in items}) == len(items):  # y = 4, x = 3
-            trees[0] = Tuple(*sorted(items, key=str))
+            trees[0] = grader.Tuple(*sorted(items, key=str))
         elif "or" in text and all(map(grader.is_relation, items)):  # x < 1 or x > 3
-            trees[0] = Union(*(item.as_set() for item in items))
+            trees[0] = sum((item.as_set() for item in items), grader.FiniteSet())  # sympy's union
         return trees
 
     logging.disable()

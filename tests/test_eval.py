@@ -117,14 +117,15 @@ def cases():
     return rows
 
 
-def test_table_of_cases(grader):
+def test_table_of_cases():
     """As a reward is given: all in one call. Each kind has at least three members, and none is stopped or killed."""
-    rows, stopped = cases(), grader.timeouts + grader.crashes
-    verdicts = grader.grade_all([(completion, gold) for _, _, completion, gold in rows])
+    rows = cases()
+    with ev.Grader(workers=2, deadline=60) as grader:  # a busy machine must not decide
+        verdicts = grader.grade_all([(completion, gold) for _, _, completion, gold in rows])
     assert [row for row, verdict in zip(rows, verdicts) if verdict != row[1]] == []
     sizes = {row[:2]: sum(other[:2] == row[:2] for other in rows) for row in rows}
     assert len(sizes) > 50 and [kind for kind, size in sizes.items() if size < 3] == []
-    assert grader.timeouts + grader.crashes == stopped
+    assert grader.timeouts == grader.crashes == 0
 
 
 def test_text_is_judged_in_linear_time():
@@ -134,7 +135,7 @@ def test_text_is_judged_in_linear_time():
 
     parts = ["\\a", "\\pi ", "\\frac", "{", "}", "(", "5", "1 ", "aa ", "so ", "not ", "^", "^{", "= ", "- ", " ", "\\", "\\text{", ".",
              "°", "/", "'", "1/", "\\{x ", "\\sin ", "0.\\overline{3}", "B) ", "_", "llion", "~", "\\,", "|", "5 a"]  # fmt: skip
-    handler, _ = signal.signal(signal.SIGALRM, stop), signal.alarm(300)
+    handler, _ = signal.signal(signal.SIGALRM, stop), signal.alarm(120)
     for part in parts:
         for before, after in (("", ""), ("5 ", ""), ("\\{x", "\\}"), ("5", "!"), ("x=", "")):
             text = before + part * (3000 // len(part)) + after
