@@ -284,13 +284,27 @@ def load_prompts(name, split, tokenizer, args):
 # ---- Grading ----
 
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
-                         "≤": r"\le ", "≥": r"\ge ", "°": r"^\circ ", "∪": r"\cup ", "\u00a0": " ", "\u202f": " "})
+                         "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "²": "^2",
+                         "³": "^3", "’": "'", "\u00a0": " ", "\u202f": " "})
 NUMBER = re.compile(r"([-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500}))"
                     r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(-?\d)))?\s*(\\?%)?")
+PLAIN = re.compile(r"(?:[a-z]\s*=)?(?:\\(?:[dt]?frac|sqrt|pi|times|cdot)(?![a-z])|\\?%|[\s\d.{}\[\]^/+-])*")
+UNFINISHED = re.compile(  # 37+5, and what math-verify misreads: 6(7) and 6{7} as mixed numbers, 101_2 as 101, ∞^∞
+    r"[^\s({[^,_]\s*(?:[-+]|(?:\*|\\times|\\cdot)(?!\s*(?:10\s*\^|\\sqrt|\\pi)))|(?<!_)\d\s*\(|\)\s*[\d(]|(?<!_)\d\s+\d"
+    r"|^-?\{?\d+\}?\s*\{\s*\d|\d\s*\\[dt]?frac\s*\{\d\d+\}\s*\{\d\}|\d_(?!\{?10\b)|\\infty|\\sum|\\prod")
 TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{([^{}]*)\}")
-NUMBER_IN_WORDS = re.compile(r"\s*(?:[a-z]{2,}[,:]?\s+)*([-+]?[\d.,]*\d(?:\s?\\?%)?)(?:\s+[a-z]{2,})*[\s.]*", re.I)
-WORDS_THAT_COUNT = re.compile(r"hundred|thousand|llion|dozen|half|minus|negative|\b(pi|sqrt|ln|log|exp|sin|cos|tan)\b")
-UNFINISHED = re.compile(r"\d\s*(?:[-+]|(?:\*|\\times|\\cdot)(?!\s*10\s*\^))\s*\d")
+FILLERS = ("so|thus|hence|therefore|then|and|the|that|this|which|is|are|be|it|we|he|she|they|there|have|has|get|gives"
+           "|means|our|my|final|correct|answer|result|value|solutions?|total|sum|equals?|to|of|in|exactly|about")
+VALUE = re.compile(rf"(?:(?:{FILLERS})[:,]? )*((?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}}%\].]|\\pi))(?: |\\ |~)*(.*)", re.I)
+CHANGES = re.compile(  # words and signs that make a value before them another one
+    r"(?i:\b(?:no[rt]?|none|neither|never|or|but|except|wrong|incorrect|false|than|less|fewer|more|most|least|below"
+    r"|above|under|over|short|off|minus|plus|mod\w*|base|power|root|point|pi|zero|one|two|hal[fv]\w*|thirds?|quarters?"
+    r"|dozens?|(?:ten|fif|six|seven|eigh|nin|\w+d)ths?|\w+[bilrv]ed|\w*and|\w*llion|factorial|percent)\b|n't)"
+    r"|(?<![-^])\d|(?<!circ )\b[A-Za-fi-knp-rt-z]\b|[^\w\s/^'\\-]|\\(?!circ)|\^\W{0,3}(?!circ|st|nd|rd|th)[A-Za-z]")
+UNITS = {name: names.split(",")[0] for names in (
+    "m,meter,metre|cm,centimeter|mm,millimeter|km,kilometer|in,inche,inch|ft,foot,feet|yd,yard|mi,mile|l,liter,litre"
+    "|g,gram|kg,kilogram|lb,pound|s,sec,second|min,minute|h,hr,hour|day|week|month|year|degree,^\\circ|c|f|cent|dollar"
+    "|am|pm|/,per|^ 2,^2,square,sq|^ 3,^3,cubic,cu|mi / h,mph|km / h,kmh,kph").split("|") for name in names.split(",")}
 
 
 def last_boxed(text):
@@ -307,21 +321,27 @@ def last_boxed(text):
 
 
 def stated(text):
-    """What the last line says after "answer is", "Answer:" or "####", or None; an unfinished box is no answer."""
+    """What the last line says after "answer is", "Answer:" or "####" (FILLERS alone before it, and no box), or None."""
     line = text.strip()[-500:].rpartition("\n")[2].replace("**", "")
-    match = re.match(r".*(?:answer is|answer:|####)[\s:]*([^\s:].*)", line, re.IGNORECASE)
+    match = re.match(rf"(?:.*[^a-z\s'])?\s*(?:(?:{FILLERS}) )*(?:answer is|answer:|####)[\s:]*([^\s:].*)", line, re.I)
     return match[1] if match and "\\boxed" not in line else None
 
 
 def clean(text):
     """An answer in a form that math-verify reads: "$8\\,178.$" -> "8178", "4.5e33" -> "4.5 \\times 10^{33}"."""
     text = text.translate(SYMBOLS)
-    text = re.sub(r"\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # the marks of maths mode, and dollars
+    text = re.sub(r"^\s*(?:\\approx|=)|\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # the marks of maths mode, dollars
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
     text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
-    return re.sub(r"(?<!\.)\.$", "", text).strip()
+    text = re.sub(r"(?<!\\)\\(?:[,;:!]|(?:left|middle|right)(?![a-z]))", " ", text)
+    text = re.sub(r"(?<![\d.,/])(\d{1,9})(?: |\\ |~)(\d{1,2})/(\d{1,3})(?![\d.])", r"\1\\frac{\2}{\3}", text)  # 1 1/2
+    text = re.sub(r"(\.\d{0,99})\\(?:overline|bar) ?\{?(\d{1,30})\}?", lambda x: x[1] + 12 * x[2], text)  # \overline
+    text = re.sub(r"(\\[cst]..\b[^=,+-]{0,9}?)([\d.]{1,9}) ?\^ ?\{? ?\\circ\b ?\}?", r"\1\\frac{\2\\pi}{180}", text)
+    text = re.sub(r"^\s*\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s?\{?R\}?\s*)?(?:\\mid|:|\|)(.*)\\\}$", r"\1", text)  # x: x>3
+    text = re.sub(r"^(?:\\[a-z]+\{)?\(?([A-J])[).:]\}?\\?\s\W*\b(?!.*\b[A-J]\b).*", r"\1", text)  # B) 5
+    return re.sub(r"(?<!\.)\.$", "", text).replace("\\langle", "(").replace("\\rangle", ")").strip()
 
 
 def same_number(gold, answer):
@@ -339,24 +359,39 @@ def same_number(gold, answer):
     return any(gold == value or abs(gold - value) < min(1, abs(gold)) / 2_000_000 for value in answers)
 
 
-def judge_text(gold, answer):
-    """True or False where two cleaned texts decide, None where math-verify has to.
+def parts(text):
+    r"""A value without the words around it, and its unit: "so x = 15\text{ cm}^2" -> ("x=15", ["2", "^", "cm"])."""
+    label, equals, value = text.rpartition("=")
+    match = re.search("[a-zA-Z]", value) and VALUE.fullmatch(" ".join(TEXT.sub(r" \1 ", value).split()))
+    after = re.sub(r"\^ ?\{ ?([^{} ]*) ?\}|\^ ", r"^\1", match[2].replace(".", "")) if match else "?"
+    if CHANGES.search(after):
+        return text, []
+    names = [UNITS.get(x, UNITS.get(x.removesuffix("s"), "")) for x in re.findall(r"[a-z']+|\^\S\w*|/", after.lower())]
+    return label + equals + clean(match[1]), sorted(" ".join(names).split())
 
-    Against a number, words around a number do no harm ("18 eggs"), and a sum or product not carried out is wrong:
-    math-verify takes "37+5+81+26" for 149, and a model in training would learn to repeat the question.
+
+def judge_text(gold, answer):
+    """True or False, or where two cleaned texts do not decide (gold, answer, ...) that math-verify has to find equal.
+
+    Against a plain value no sum is right ("37+5+81+26"): a model in training would learn to repeat the question.
     """
-    if not gold or not answer or gold.split() == answer.split():
-        return bool(gold and answer)
-    if NUMBER.fullmatch(gold):
-        words = TEXT.sub(r" \1 ", answer)
-        inside = NUMBER_IN_WORDS.fullmatch(words)
-        if inside and not WORDS_THAT_COUNT.search(words.lower()):
-            answer = clean(inside[1])
-        if UNFINISHED.search(answer.rpartition("=")[2]) or "\\infty" in answer:  # math-verify may take ∞^∞ for any number
-            return False
-        return same_number(gold, answer)
-    bases = [re.fullmatch(r"(\d+)_\{?(\d+)\}?", text) for text in (gold, answer)]  # math-verify ignores the base
-    return bases[0].groups() == bases[1].groups() if all(bases) else None
+    same = gold.split() == answer.split() or same_number(gold, answer)
+    if same is not None or not gold or not answer:
+        return bool(same and gold and answer)
+    words = [TEXT.sub(r"\1", text).lower() for text in (gold, answer)]
+    if all(re.fullmatch(r"(?=.*[a-z]{2})[a-z\s']*|\d+_\W*\w+\W*", text) for text in words):  # no products of letters
+        gold, answer = (re.sub(rf"\b(?:{FILLERS})\b|[{{}}]", "", text).split() for text in words)
+        return gold == answer != []
+    shapes = [re.sub(r"^.*(?:=|\\in\b)|\\[a-z]+|(?<!\\)[{}]|[^(){}\\]", "", text) for text in (gold, answer)]
+    (gold, unit), (answer, other) = parts(gold), parts(answer)
+    if set(shapes) == {"()", "\\{\\}"} or unit and other and unit != other:
+        return False
+    plain = PLAIN.fullmatch(gold) and not UNFINISHED.search(gold)
+    sides = [side.strip() for side in answer.split("=") if re.fullmatch(r"(?=.*\S)(?:\\[a-z]+|[^a-z\\])*", side, re.I)]
+    if plain and all(UNFINISHED.search(side) for side in sides or [answer]):
+        return False
+    same = same_number(gold, answer)
+    return (gold, *dict.fromkeys([answer, *sides] if plain else [answer])) if same is None else same
 
 
 class Grader:
@@ -408,8 +443,8 @@ class Grader:
             correct, why = False, "no answer" if extracted is None else "too long"
             if extracted is not None and len(extracted) <= 400 + 4 * len(gold):
                 correct, why = judge_text(gold, clean(extracted)), "text"
-                if correct is None:
-                    open_questions.setdefault((gold, clean(extracted)), []).append(len(verdicts))
+                if isinstance(correct, tuple):
+                    open_questions.setdefault(correct, []).append(len(verdicts))
             verdicts.append({"correct": correct, "extracted": extracted, "boxed": box is not None, "why": why})
         for reply, places in zip(self.threads.map(self.ask, open_questions), open_questions.values()):
             self.timeouts += reply == "time-out"
@@ -422,11 +457,11 @@ class Grader:
     def readable(self, golds):
         """The set of those cleaned golds that can be graded: plain numbers, and what math-verify parses in time."""
         golds = sorted(golds - {""})
-        parsed = self.threads.map(lambda gold: bool(NUMBER.fullmatch(gold)) or self.ask((gold, None)) == "right", golds)
+        parsed = self.threads.map(lambda gold: bool(NUMBER.fullmatch(gold)) or self.ask((gold,)) == "right", golds)
         return {gold for gold, good in zip(golds, parsed) if good}
 
     def ask(self, question):
-        """A worker's reply to (gold, answer): right, wrong, time-out or crash; to (gold, None): can it be read?"""
+        """A worker's word on (gold, answer, ...): right (all), wrong, time-out or crash; on (gold,): is it readable?"""
         for _ in range(2):  # a worker that something else killed is replaced, and the question asked once more
             worker = self.running.get(threading.get_ident())
             if worker is None or worker.poll() is not None:
@@ -447,19 +482,26 @@ class Grader:
 
 
 def work(deadline, memory_gb):
-    """A grader's worker: replies with a word to each JSON line [gold, answer], and ends with its parent.
+    """A grader's worker: replies with a word to each JSON line [gold, answer, ...], and ends with its parent.
 
     This process only imports sympy. A fork of it does the work: at the deadline the kernel ends it by an alarm that
     nobody handles, and the next fork is there at once, where importing sympy again would take a second.
     """
     import logging
 
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, grader, parse, parser, verify
 
-    config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    config = [LatexExtractionConfig(False, 0, parser.NormalizationConfig(units=False, malformed_operators=True))]
 
     def read(text):  # math-verify's own time-outs are off (None): they would take our alarm
-        return parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
+        text = re.sub(r"(?<![a-z\\])i(?![a-z])", "{I}", text)  # the root of -1
+        trees = parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
+        items = trees[0] if trees and isinstance(trees[0], (grader.FiniteSet, grader.Tuple)) else [None]
+        if all(map(grader.is_equation, items)) and len({item.args[0] for item in items}) == len(items):  # y = 4, x = 3
+            trees[0] = grader.Tuple(*sorted(items, key=str))
+        elif "or" in text and all(map(grader.is_relation, items)):  # x < 1 or x > 3
+            trees[0] = sum((item.as_set() for item in items), grader.FiniteSet())  # sympy's union
+        return trees
 
     logging.disable()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -476,12 +518,10 @@ def work(deadline, memory_gb):
             return
         replies.write(b"time-out\n" if status == signal.SIGALRM else b"crash\n")
     for line in sys.stdin.buffer:
-        gold, answer = json.loads(line)
+        gold, *answers = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, deadline)
-        expected = read(gold)
-        right = bool(expected) and (
-            answer is None or verify(expected, read(answer), numeric_precision=40, timeout_seconds=None)
-        )
+        how = {"numeric_precision": 40, "allow_set_relation_comp": True, "timeout_seconds": None}
+        right = bool(expected := read(gold)) and all(verify(expected, read(answer), **how) for answer in answers)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(b"right\n" if right else b"wrong\n")
 

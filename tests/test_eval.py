@@ -104,6 +104,48 @@ def test_wrong_answers(grader):
     assert [pair for pair, verdict in zip(WRONG, verdicts) if verdict] == []
 
 
+def cases():
+    """The table of grader_cases.txt: [(kind, whether right, completion, gold)]."""
+    rows, kind, right = [], None, None
+    for line in (ROOT / "tests" / "grader_cases.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            kind, _, verdict = line[3:].rpartition(" | ")
+            right = {"right": True, "wrong": False}[verdict]
+        elif line and not line.startswith("#"):
+            answer, _, gold = line.rpartition(" ← ")
+            rows.append((kind, right, answer[1:] if answer.startswith("!") else boxed(answer), gold))
+    return rows
+
+
+def test_table_of_cases():
+    """As a reward is given: all in one call. Each kind has at least three members, and none is stopped or killed."""
+    rows = cases()
+    with ev.Grader(workers=2, deadline=60) as grader:  # a busy machine must not decide
+        verdicts = grader.grade_all([(completion, gold) for _, _, completion, gold in rows])
+    assert [row for row, verdict in zip(rows, verdicts) if verdict != row[1]] == []
+    sizes = {row[:2]: sum(other[:2] == row[:2] for other in rows) for row in rows}
+    assert len(sizes) > 50 and [kind for kind, size in sizes.items() if size < 3] == []
+    assert grader.timeouts == grader.crashes == 0
+
+
+def test_text_is_judged_in_linear_time():
+    """In the parent nothing stops a regular expression. It takes seconds; of exponential time, it would go on for ever."""
+    def stop(*_):
+        raise TimeoutError
+
+    parts = ["\\a", "\\pi ", "\\frac", "{", "}", "(", "5", "1 ", "aa ", "so ", "not ", "^", "^{", "= ", "- ", " ", "\\", "\\text{", ".",
+             "°", "/", "'", "1/", "\\{x ", "\\sin ", "0.\\overline{3}", "B) ", "_", "llion", "~", "\\,", "|", "5 a"]  # fmt: skip
+    handler, _ = signal.signal(signal.SIGALRM, stop), signal.alarm(120)
+    for part in parts:
+        for before, after in (("", ""), ("5 ", ""), ("\\{x", "\\}"), ("5", "!"), ("x=", "")):
+            text = before + part * (3000 // len(part)) + after
+            ev.stated(text)
+            for gold in ("5", "\\frac{1}{2}", "east", "(1,2)", "x=5 \\text{ cm}"):
+                ev.judge_text(gold, ev.clean(text))
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+
+
 def test_plain_numbers_are_equal_to_six_decimals():
     """Half a millionth is the bound, below 1 of the number itself: on both sides of it."""
     for gold, near, far in (("3", "3.0000004", "3.0000006"), ("1234567", "1234567.0000004", "1234567.000001"),
@@ -153,7 +195,7 @@ def test_several_boxes_no_box(grader):
 
 
 def test_clean_is_stable():
-    for gold, answer in RIGHT + WRONG:
+    for gold, answer in RIGHT + WRONG + [(gold, ev.last_boxed(text) or text) for _, _, text, gold in cases()]:
         for text in (gold, answer):
             assert ev.clean(ev.clean(text)) == ev.clean(text)
 
