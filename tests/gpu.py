@@ -174,7 +174,7 @@ def union(spans):
 
 def run(*command):
     """Run a Python program to its end. What it says last is the message, if it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=600)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
         raise RuntimeError(f"{Path(command[0]).name}, exit code {done.returncode}: {said[-1]}")
@@ -382,12 +382,12 @@ def resume(here):
         saved, log = Path(folder, "run", "checkpoints", "step_2"), Path(folder, "run", "metrics.jsonl")
         flags = ["--steps", "8", "--save_every", "2", "--output_dir", f"{folder}/run"]
         process = subprocess.Popen([sys.executable, ROOT / "grpo.py", *flags], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while process.poll() is None and time.monotonic() < deadline and not saved.exists():
             time.sleep(0.01)
         process.kill()
         if process.wait() >= 0 or not saved.exists():
-            raise RuntimeError("the run ended by itself, or had no checkpoint after 200 s")
+            raise RuntimeError("the run ended by itself, or had no checkpoint after 600 s")
         killed = len(log.read_text().splitlines())
         run(ROOT / "grpo.py", "--resume", f"{folder}/run")
         steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
