@@ -135,7 +135,8 @@ def run_all(args):
             time.sleep(0.2)
             for name in [name for name in running if running[name].poll() is not None]:
                 if running.pop(name).returncode:
-                    fail(f"{name} stopped: {(args.output / f'{name}.log').read_text().splitlines()[-1]}", 1)
+                    log = args.output / f"{name}.log"
+                    fail(f"{name} stopped ({log}): {' '.join(log.read_text().splitlines()[-1:])}", 1)
                 bar.update()
     finally:
         bar.close()
@@ -209,9 +210,10 @@ def draw(args, start, found):
     for axis in axes[::2]:
         axis.set_ylim(0, 1)
     axes[2].set(xticks=[0.1, 1.1], xticklabels=["before", "after"], xlabel="training", xlim=(-0.25, 1.45))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=4, frameon=False, handlelength=3)
     with io.BytesIO() as buffer:
-        figure.savefig(buffer, dpi=90)
+        figure.savefig(buffer, dpi=130)
         Image.open(buffer).convert("RGB").quantize(64).save(args.picture, optimize=True)  # a third of the bytes
     plt.close(figure)
     print(f"the picture is {args.picture}, {args.picture.stat().st_size / 1e3:.0f} kB")
