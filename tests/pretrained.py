@@ -42,7 +42,7 @@ from reproduce_prm_table1 import interval  # noqa: E402
 SCRIPTS = ["grpo", "grpo_lambda_traces", "lambda_grpo_learnable", "lambda_grpo_prm"]
 SYSTEM = "Answer in one short sentence."
 FLAGS = dict(  # of all four scripts
-    steps=20, prompts_per_step=4, group_size=8, max_new_tokens=32, lr=3e-5, warmup_steps=3, micro_batch_tokens=1024,
+    steps=12, prompts_per_step=4, group_size=8, max_new_tokens=24, lr=4e-5, warmup_steps=3, micro_batch_tokens=1024,
     seed=0,
 )
 ENDS = 5  # "first" and "last" are means of so many steps
@@ -231,7 +231,7 @@ def parse_args():
         ("output", Path, HERE.parent / "runs" / "pretrained", "folder of the runs (default: runs/pretrained)"),
         ("picture", Path, HERE / "pretrained.png", "PNG to write (default: tests/pretrained.png)"),
         ("jobs", int, 2, "runs at a time (default: 2)"),
-        ("samples", int, 8, "completions of each held-out problem (default: 8)"),
+        ("samples", int, 4, "completions of each held-out problem (default: 4)"),
         *((name, type(default), default, f"of the scripts (default: {default})") for name, default in FLAGS.items()),
     ):
         parser.add_argument(f"--{flag}", type=kind, default=default, help=text)
