@@ -227,14 +227,15 @@ def parse_args():
     parser.error = fail
     parser.add_argument("--model", type=Path, required=True, help="folder of an instruction-tuned model")
     for flag, kind, default, text in (
-        ("convert", Path, None, "GGUF file to make that folder from, if it is not there"),
-        ("output", Path, HERE.parent / "runs" / "pretrained", "folder of the runs (default: runs/pretrained)"),
-        ("picture", Path, HERE / "pretrained.png", "PNG to write (default: tests/pretrained.png)"),
-        ("jobs", int, 2, "runs at a time (default: 2)"),
-        ("samples", int, 4, "completions of each held-out problem (default: 4)"),
-        *((name, type(default), default, f"of the scripts (default: {default})") for name, default in FLAGS.items()),
+        ("--convert", Path, None, "GGUF file to make that folder from, if it is not there"),
+        ("--output", Path, HERE.parent / "runs" / "pretrained", "folder of the runs (default: runs/pretrained)"),
+        ("--picture", Path, HERE / "pretrained.png", "PNG to write (default: tests/pretrained.png)"),
+        ("--jobs", int, 2, "runs at a time (default: 2)"),
+        ("--samples", int, 4, "completions of each held-out problem (default: 4)"),
     ):
-        parser.add_argument(f"--{flag}", type=kind, default=default, help=text)
+        parser.add_argument(flag, type=kind, default=default, help=text)
+    for name, default in FLAGS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"of the runs (default: {default})")
     parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from --output")
     parser.add_argument("--only", choices=["start", *SCRIPTS], help="only this one, in this process; no table")
     return parser.parse_args()
