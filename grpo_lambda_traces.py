@@ -387,29 +387,30 @@ class HFSampler:
         uniform = np.stack([np.random.default_rng(own).random(self.max_new_tokens) for own in seeds])  # [B, T]
         uniform, stops = torch.tensor(uniform, device=device), torch.tensor(self.stops, device=device)
         cache, rows = DynamicCache(config=self.model.config), torch.arange(len(seeds), device=device)
-        drawn = [[] for _ in seeds]  # (token, its log-probability) of each completion
+        drawn = torch.zeros(len(seeds), self.max_new_tokens, dtype=torch.long, device=device)  # [B, T]
+        logps, lengths = torch.zeros(drawn.shape, device=device), torch.zeros_like(rows)  # [B, T], [B]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B / n, S]: they count from behind the padding
         for t in range(self.max_new_tokens):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # they count from behind the padding
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
             if t == 0:  # a prompt's keys and values are computed once, and serve its n completions
                 cache.batch_repeat_interleave(n)
-                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # [B, V], [B, S]
+                logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions[:, -1:]))
             logp = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
             ids = logp.argmax(-1, keepdim=True)  # [B, 1]
             if temperature > 0:
                 below = logp.double().exp().cumsum(-1)  # in float32 the tail of a large vocabulary would be lost
                 ids = torch.searchsorted(below, uniform[rows, t, None] * below[:, -1:], right=True)
-            for row, token, value in zip(rows.tolist(), ids[:, 0].tolist(), logp.gather(-1, ids)[:, 0].tolist()):
-                drawn[row].append((token, value))
+            drawn[rows, t], logps[rows, t], lengths[rows] = ids[:, 0], logp.gather(-1, ids)[:, 0], t + 1
             going = ~torch.isin(ids[:, 0], stops)  # [B]
             if not going.any():
                 break
             if not going.all():  # finished rows leave
                 cache.batch_select_indices(going.nonzero()[:, 0])
-            ids, mask, rows = ids[going], F.pad(mask[going], (0, 1), value=1), rows[going]
-        pairs = [tuple(map(list, zip(*completion))) for completion in drawn]
-        return [Completion(ids, "stop" if ids[-1] in self.stops else "length", logps) for ids, logps in pairs]
+                ids, mask, rows, positions = (x[going] for x in (ids, mask, rows, positions))
+            mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
+        cut = [(ids[:end], own[:end]) for ids, own, end in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
+        return [Completion(ids, "stop" if ids[-1] in self.stops else "length", own) for ids, own in cut]
 
 
 class VLLMSampler:
@@ -504,6 +505,7 @@ def load_policy(args, device, trainable=True):
             layer.training = True  # of the layer alone: checkpointing asks for it, the dropout inside stays off
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
     mesh = init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if WORLD == local else mesh  # FSDP would keep all gradients twice, for replicas not there
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     for module in [*layers, policy]:  # after a forward pass the root stays whole for the backward pass, if there is one
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
@@ -546,9 +548,8 @@ TOY = dict(  # what changes when no --model is given: a run of a minute on a lap
 
 
 def weights_once(module):
-    """The state dict without second names of tied weights, as a file should hold it. Every rank has its shards."""
-    once = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    return {name: tensor for name, tensor in module.state_dict().items() if name in once}
+    """Weights and buffers by name, tied ones under their first name alone, as a file should hold them."""
+    return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 def state_of(policy, optimizer):

@@ -107,9 +107,10 @@ def wrap(model, mesh, precision, trainable=True):
 
 
 def mesh_of(device, ranks):
-    """load_policy's mesh: shards inside a node, replicas across nodes."""
+    """load_policy's mesh: shards inside a node, replicas across nodes, if there are several."""
     shards = min(ranks, NODE)
-    return init_device_mesh(device, (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device, (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
+    return mesh["shard"] if ranks == shards else mesh
 
 
 class KnownMask(TorchFunctionMode):

@@ -88,7 +88,7 @@ def judge(args, folder):
     settings = argparse.Namespace(model=str(folder), max_new_tokens=args.max_new_tokens)
     sampler = importlib.import_module("grpo").HFSampler(settings, tokenizer, torch.device("cpu"))
     problems, found = make_problems()[1], {}
-    prompts = [eval.encode_prompt(tokenizer, row["problem"]) for row in problems]
+    prompts = [eval.encode_prompt(tokenizer, row["problem"], SYSTEM) for row in problems]
     for kind, n, temperature in (("greedy", 1, 0.0), ("sampled", args.samples, 1.0)):
         ids = [completion.ids for completion in sampler(prompts, n, args.seed, temperature)]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -102,11 +102,11 @@ def run(args, name):
     part = args.output / f"{name}.part"  # renamed when finished
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    eval.SYSTEM = SYSTEM
     if name != "start":
         (part / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_problems()[0]))
         flags = {flag: getattr(args, flag) for flag in FLAGS}
-        flags |= {"model": args.model, "dataset": part / "problems.jsonl", "output_dir": part, "save_every": 0}
+        flags |= {"model": args.model, "dataset": part / "problems.jsonl", "output_dir": part, "save_every": 0,
+                  "system_prompt": SYSTEM}
         script = importlib.import_module(name)
         script.rewards_of = rewards_of
         sys.argv = [f"{name}.py", *(f"--{flag}={value}" for flag, value in flags.items())]

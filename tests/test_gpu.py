@@ -92,7 +92,7 @@ def test_wrapped_as_load_policy_does_it():
     theirs, ours = lines(grpo.load_policy, "layers ="), lines(fits.wrap, "layers =")
     assert "fully_shard(module, mesh=mesh" in " ".join(ours)
     left = [line for line in theirs if line not in ours]
-    assert [re.match(r"\w+", line)[0] for line in left] == ["if", "local", "mesh", "precision"], left
+    assert [re.match(r"\w+", line)[0] for line in left] == ["if", "local", "mesh", "mesh", "precision"], left
     assert not set(ours) - set(theirs)
     assert "MixedPrecisionPolicy(torch.bfloat16, torch.float32) if" in left[-1]
 
