@@ -266,6 +266,9 @@ class Table(torch.nn.Module):
         super().__init__()
         self.logp = torch.nn.Parameter(logp)
 
+    def set_requires_all_reduce(self, last):
+        """Of FSDP: there are no other ranks."""
+
     def forward(self, input_ids, starts, mask):
         rows = input_ids[:, 0] * len(LENGTHS[0]) + input_ids[:, 1]
         return torch.where(mask, self.logp[rows, : mask.shape[1]], 0.0), torch.zeros(mask.shape)
