@@ -251,9 +251,8 @@ def load_prompts(name, tokenizer, most):
 
 # ---- Grading ----
 
-SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
-                         "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "²": "^2",
-                         "³": "^3", "’": "'", "\u00a0": " ", "\u202f": " "})
+SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
+                         "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "³": "^3"})
 NUMBER = re.compile(r"([-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500}))"
                     r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(-?\d)))?\s*(\\?%)?")
 PLAIN = re.compile(r"(?:[a-z]\s*=)?(?:\\(?:[dt]?frac|sqrt|pi|times|cdot)(?![a-z])|\\?%|[\s\d.{}\[\]^/+-])*")
@@ -263,12 +262,13 @@ UNFINISHED = re.compile(  # 37+5, and what math-verify misreads: 6(7) and 6{7} a
 TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{([^{}]*)\}")
 FILLERS = ("so|thus|hence|therefore|then|and|the|that|this|which|is|are|be|it|we|he|she|they|there|have|has|get|gives"
            "|means|our|my|final|correct|answer|result|value|solutions?|total|sum|equals?|to|of|in|exactly|about")
-VALUE = re.compile(rf"(?:(?:{FILLERS})[:,]? )*((?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}}%\].]|\\pi))(?: |\\ |~)*(.*)", re.I)
+VALUE = re.compile(rf"(?:(?:\0|{FILLERS})[:,]? )*+"  # words; the value, up to a \text (here NUL) or nameless; the rest
+    r"([^\0]+?(?<!circ)(?<![\^{])(?= \0)|(?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}%\].]|\\pi))(?:\\? |~|\0)*(.*)", re.I)
 CHANGES = re.compile(  # words and signs that make a value before them another one
     r"(?i:\b(?:no[rt]?|none|neither|never|or|but|except|wrong|incorrect|false|than|less|fewer|more|most|least|below"
     r"|above|under|over|short|off|minus|plus|mod\w*|base|power|root|point|pi|zero|one|two|hal[fv]\w*|thirds?|quarters?"
     r"|dozens?|(?:ten|fif|six|seven|eigh|nin|\w+d)ths?|\w+[bilrv]ed|\w*and|\w*llion|factorial|percent)\b|n't)"
-    r"|(?<![-^])\d|(?<!circ )\b[A-Za-fi-knp-rt-z]\b|[^\w\s/^'\\-]|\\(?!circ)|\^\W{0,3}(?!circ|st|nd|rd|th)[A-Za-z]")
+    r"|(?<![-^])\d|(?<!circ )\b[A-Za-fi-knp-rt-z]\b|[^\w\s/^'’\\-]|\\(?!circ)|\^\W{0,3}(?!circ|st|nd|rd|th)[A-Za-z]")
 UNITS = {name: names.split(",")[0] for names in (
     "m,meter,metre|cm,centimeter|mm,millimeter|km,kilometer|in,inche,inch|ft,foot,feet|yd,yard|mi,mile|l,liter,litre"
     "|g,gram|kg,kilogram|lb,pound|s,sec,second|min,minute|h,hr,hour|day|week|month|year|degree,^\\circ|c|f|cent|dollar"
@@ -297,7 +297,7 @@ def stated(text):
 
 def clean(text):
     """An answer in a form that math-verify reads: "$8\\,178.$" -> "8178", "4.5e33" -> "4.5 \\times 10^{33}"."""
-    text = text.translate(SYMBOLS)
+    text = " ".join(text.translate(SYMBOLS).split())
     text = re.sub(r"^\s*(?:\\approx|=)|\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # the marks of maths mode, dollars
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
@@ -328,10 +328,10 @@ def same_number(gold, answer):
 
 
 def parts(text):
-    r"""A value without the words around it, and its unit: "so x = 15\text{ cm}^2" -> ("x=15", ["2", "^", "cm"])."""
+    r"""A value without the words around it, and its unit: "x=about 15\text{ cm}^2" -> ("x=15", ["2", "^", "cm"])."""
     label, equals, value = text.rpartition("=")
-    match = re.search("[a-zA-Z]", value) and VALUE.fullmatch(" ".join(TEXT.sub(r" \1 ", value).split()))
-    after = re.sub(r"\^ ?\{ ?([^{} ]*) ?\}|\^ ", r"^\1", match[2].replace(".", "")) if match else "?"
+    match = re.search("[a-zA-Z]", value) and VALUE.fullmatch(" ".join(TEXT.sub(" \0 \\1 ", value).split()))
+    after = re.sub(r"\^ ?\{ ?([^{} ]*) ?\}|\^ ", r"^\1", re.sub("[.]|\0 ", "", match[2])) if match else "?"
     if CHANGES.search(after):
         return text, []
     names = [UNITS.get(x, UNITS.get(x.removesuffix("s"), "")) for x in re.findall(r"[a-z']+|\^\S\w*|/", after.lower())]
