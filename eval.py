@@ -309,7 +309,7 @@ def clean(text):
     text = re.sub(r"(\\[cst]..\b[^=,+-]{0,9}?)([\d.]{1,9}) ?\^ ?\{? ?\\circ\b ?\}?", r"\1\\frac{\2\\pi}{180}", text)
     text = re.sub(r"^\s*\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s?\{?R\}?\s*)?(?:\\mid|:|\|)(.*)\\\}$", r"\1", text)  # x: x>3
     text = re.sub(r"^(?:\\[a-z]+\{)?\(?([A-J])[).:]\}?\\?\s\W*\b(?!.*\b[A-J]\b).*", r"\1", text)  # B) 5
-    return re.sub(r"(?<!\.)\.$", "", text).replace("\\langle", "(").replace("\\rangle", ")").strip()
+    return " ".join(re.sub(r"(?<!\.)\.$", "", text).replace("\\langle", "(").replace("\\rangle", ")").split())
 
 
 def same_number(gold, answer):
