@@ -283,28 +283,28 @@ def load_prompts(name, split, tokenizer, args):
 
 # ---- Grading ----
 
-SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
-                         "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "²": "^2",
-                         "³": "^3", "’": "'", "\u00a0": " ", "\u202f": " "})
+SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
+                         "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "³": "^3"})
 NUMBER = re.compile(r"([-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500}))"
                     r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(-?\d)))?\s*(\\?%)?")
 PLAIN = re.compile(r"(?:[a-z]\s*=)?(?:\\(?:[dt]?frac|sqrt|pi|times|cdot)(?![a-z])|\\?%|[\s\d.{}\[\]^/+-])*")
 UNFINISHED = re.compile(  # 37+5, and what math-verify misreads: 6(7) and 6{7} as mixed numbers, 101_2 as 101, ∞^∞
     r"[^\s({[^,_]\s*(?:[-+]|(?:\*|\\times|\\cdot)(?!\s*(?:10\s*\^|\\sqrt|\\pi)))|(?<!_)\d\s*\(|\)\s*[\d(]|(?<!_)\d\s+\d"
     r"|^-?\{?\d+\}?\s*\{\s*\d|\d\s*\\[dt]?frac\s*\{\d\d+\}\s*\{\d\}|\d_(?!\{?10\b)|\\infty|\\sum|\\prod")
-TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{([^{}]*)\}")
+TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{[\s~]*+([^{}]*)\}")
 FILLERS = ("so|thus|hence|therefore|then|and|the|that|this|which|is|are|be|it|we|he|she|they|there|have|has|get|gives"
            "|means|our|my|final|correct|answer|result|value|solutions?|total|sum|equals?|to|of|in|exactly|about")
-VALUE = re.compile(rf"(?:(?:{FILLERS})[:,]? )*((?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}}%\].]|\\pi))(?: |\\ |~)*(.*)", re.I)
+VALUE = re.compile(rf"(?:\0?(?:{FILLERS})[:,]? |\0)*+"  # words; value, up to a \text (now a NUL) or nameless; rest
+    r"([^\0]+?(?<!circ)(?<![\^{])(?= \0)|(?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}%\].]|\\pi))(?:\\? |~)*(.*)", re.I)
 CHANGES = re.compile(  # words and signs that make a value before them another one
-    r"(?i:\b(?:no[rt]?|none|neither|never|or|but|except|wrong|incorrect|false|than|less|fewer|more|most|least|below"
-    r"|above|under|over|short|off|minus|plus|mod\w*|base|power|root|point|pi|zero|one|two|hal[fv]\w*|thirds?|quarters?"
-    r"|dozens?|(?:ten|fif|six|seven|eigh|nin|\w+d)ths?|\w+[bilrv]ed|\w*and|\w*llion|factorial|percent)\b|n't)"
-    r"|(?<![-^])\d|(?<!circ )\b[A-Za-fi-knp-rt-z]\b|[^\w\s/^'\\-]|\\(?!circ)|\^\W{0,3}(?!circ|st|nd|rd|th)[A-Za-z]")
-UNITS = {name: names.split(",")[0] for names in (
-    "m,meter,metre|cm,centimeter|mm,millimeter|km,kilometer|in,inche,inch|ft,foot,feet|yd,yard|mi,mile|l,liter,litre"
-    "|g,gram|kg,kilogram|lb,pound|s,sec,second|min,minute|h,hr,hour|day|week|month|year|degree,^\\circ|c|f|cent|dollar"
-    "|am|pm|/,per|^ 2,^2,square,sq|^ 3,^3,cubic,cu|mi / h,mph|km / h,kmh,kph").split("|") for name in names.split(",")}
+    r"(?i:\b(?:no[rt]?|or|but|except|wrong|incorrect|false|than|less|fewer|more|most|least|below|above|under|over|short"
+    r"|off|minus|plus|times \w+|mod\w*|power|root|point|pi|zero|one|two|hal[fv]\w*|thirds?|quarters?|dozens?|factorial"
+    r"|(?:\w*en|fif|six|eigh|nin|\w+d)ths?|\w+[bilrv]ed|\w*and|\w*llion|percent|inverse|recip\w*)\b|n't)|(?<![-^])\d"
+    r"|(?<!circ )(?<!\0)\b[A-Z]\b|\b[a-fi-knp-rt-z]\b|[^\w\s\0/^'’\\-]|\\(?!circ)|\^\W?(?!circ|[snrt][tdh])[^\W\d]")
+UNITS = {name: names.split(",")[0] for names in ("m,meter,metre|cm,centimeter|mm,millimeter|km,kilometer|in,inche,inch"
+    "|ft,foot,feet|yd,yard|mi,mile|l,liter,litre|ml,milliliter|g,gram|mg,milligram|kg,kilogram|lb,pound|oz,ounce|hz|khz"
+    "|s,sec,second|min,minute|h,hr,hour|day|week|month|year|degree,^\\circ|c|f|n|j|v|w|k|a|rad,radian|cent|dollar|euro"
+    "|am|pm|/,per|^ 2,^2,square,sq|^ 3,^3,cubic,cu|mi / h,mph|km / h,kmh").split("|") for name in names.split(",")}
 
 
 def last_boxed(text):
@@ -329,19 +329,19 @@ def stated(text):
 
 def clean(text):
     """An answer in a form that math-verify reads: "$8\\,178.$" -> "8178", "4.5e33" -> "4.5 \\times 10^{33}"."""
-    text = text.translate(SYMBOLS)
-    text = re.sub(r"^\s*(?:\\approx|=)|\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # the marks of maths mode, dollars
+    text = " ".join(text.translate(SYMBOLS).split())
+    text = re.sub(r"^\s*(?:\\approx|\\sim(?:eq)?|[=~])|\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # \approx 7; $7$
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
     text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
     text = re.sub(r"(?<!\\)\\(?:[,;:!]|(?:left|middle|right)(?![a-z]))", " ", text)
     text = re.sub(r"(?<![\d.,/])(\d{1,9})(?: |\\ |~)(\d{1,2})/(\d{1,3})(?![\d.])", r"\1\\frac{\2}{\3}", text)  # 1 1/2
-    text = re.sub(r"(\.\d{0,99})\\(?:overline|bar) ?\{?(\d{1,30})\}?", lambda x: x[1] + 12 * x[2], text)  # \overline
+    text = re.sub(r"(\.\d{0,99})\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?", lambda x: x[1] + 12 * x[2], text)
     text = re.sub(r"(\\[cst]..\b[^=,+-]{0,9}?)([\d.]{1,9}) ?\^ ?\{? ?\\circ\b ?\}?", r"\1\\frac{\2\\pi}{180}", text)
     text = re.sub(r"^\s*\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s?\{?R\}?\s*)?(?:\\mid|:|\|)(.*)\\\}$", r"\1", text)  # x: x>3
     text = re.sub(r"^(?:\\[a-z]+\{)?\(?([A-J])[).:]\}?\\?\s\W*\b(?!.*\b[A-J]\b).*", r"\1", text)  # B) 5
-    return re.sub(r"(?<!\.)\.$", "", text).replace("\\langle", "(").replace("\\rangle", ")").strip()
+    return " ".join(re.sub(r"(?<!\.)\.$", "", text).replace("\\langle", "(").replace("\\rangle", ")").split())
 
 
 def same_number(gold, answer):
@@ -360,13 +360,13 @@ def same_number(gold, answer):
 
 
 def parts(text):
-    r"""A value without the words around it, and its unit: "so x = 15\text{ cm}^2" -> ("x=15", ["2", "^", "cm"])."""
+    r"""A value without the words around it, and its unit: "x=about 15\text{ cm}^2" -> ("x=15", ["2", "^", "cm"])."""
     label, equals, value = text.rpartition("=")
-    match = re.search("[a-zA-Z]", value) and VALUE.fullmatch(" ".join(TEXT.sub(r" \1 ", value).split()))
+    match = re.search("[a-zA-Z]", value) and VALUE.fullmatch(" ".join(TEXT.sub(" \0\\1 ", value).split()))
     after = re.sub(r"\^ ?\{ ?([^{} ]*) ?\}|\^ ", r"^\1", match[2].replace(".", "")) if match else "?"
     if CHANGES.search(after):
         return text, []
-    names = [UNITS.get(x, UNITS.get(x.removesuffix("s"), "")) for x in re.findall(r"[a-z']+|\^\S\w*|/", after.lower())]
+    names = [UNITS.get(x, UNITS.get(x.removesuffix("s"), "")) for x in re.findall(r"[a-z]+|\^\S\w*|/", after.lower())]
     return label + equals + clean(match[1]), sorted(" ".join(names).split())
 
 
@@ -378,7 +378,7 @@ def judge_text(gold, answer):
     same = gold.split() == answer.split() or same_number(gold, answer)
     if same is not None or not gold or not answer:
         return bool(same and gold and answer)
-    words = [TEXT.sub(r"\1", text).lower() for text in (gold, answer)]
+    words = [TEXT.sub(r" \1", text).lower() for text in (gold, answer)]
     if all(re.fullmatch(r"(?=.*[a-z]{2})[a-z\s']*|\d+_\W*\w+\W*", text) for text in words):  # no products of letters
         gold, answer = (re.sub(rf"\b(?:{FILLERS})\b|[{{}}]", "", text).split() for text in words)
         return gold == answer != []
