@@ -335,7 +335,7 @@ def clean(text):
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
     text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
-    text = re.sub(r"(?<!\\)\\(?:[,;:!]|(?:left|middle|right)(?![a-z]))", " ", text)
+    text = re.sub(r"(?<!\\)\\(?:[,;:!]|(?:left|middle|right)(?![a-z]))", " ", text)  # thin spaces, and sizes
     text = re.sub(r"(?<![\d.,/])(\d{1,9})(?: |\\ |~)(\d{1,2})/(\d{1,3})(?![\d.])", r"\1\\frac{\2}{\3}", text)  # 1 1/2
     text = re.sub(r"(\.\d{0,99})\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?", lambda x: x[1] + 12 * x[2], text)
     text = re.sub(r"(\\[cst]..\b[^=,+-]{0,9}?)([\d.]{1,9}) ?\^ ?\{? ?\\circ\b ?\}?", r"\1\\frac{\2\\pi}{180}", text)
@@ -379,14 +379,14 @@ def judge_text(gold, answer):
     if same is not None or not gold or not answer:
         return bool(same and gold and answer)
     words = [TEXT.sub(r" \1", text).lower() for text in (gold, answer)]
-    if all(re.fullmatch(r"(?=.*[a-z]{2})[a-z\s']*|\d+_\W*\w+\W*", text) for text in words):  # no products of letters
+    if all(re.fullmatch(r"(?=.*[a-z]{2})[a-z\s']*|\d+_\W*\w+\W*", text) for text in words):  # no letters multiplied
         gold, answer = (re.sub(rf"\b(?:{FILLERS})\b|[{{}}]", "", text).split() for text in words)
         return gold == answer != []
     shapes = [re.sub(r"^.*(?:=|\\in\b)|\\[a-z]+|(?<!\\)[{}]|[^(){}\\]", "", text) for text in (gold, answer)]
     (gold, unit), (answer, other) = parts(gold), parts(answer)
-    if set(shapes) == {"()", "\\{\\}"} or unit and other and unit != other:
+    if set(shapes) == {"()", "\\{\\}"} or unit and other and unit != other:  # tuple and set; m and cm
         return False
-    plain = PLAIN.fullmatch(gold) and not UNFINISHED.search(gold)
+    plain = PLAIN.fullmatch(gold) and not UNFINISHED.search(gold)  # then each side without a name must be it: not 8=7
     sides = [side.strip() for side in answer.split("=") if re.fullmatch(r"(?=.*\S)(?:\\[a-z]+|[^a-z\\])*", side, re.I)]
     if plain and all(UNFINISHED.search(side) for side in sides or [answer]):
         return False
