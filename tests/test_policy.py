@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import SCRIPTS, TINY
+from torch.distributed.tensor import DTensor
 
 SMALL = dict(vocab_size=301, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, max_position_embeddings=512)
@@ -45,6 +46,19 @@ def from_logits(model, input_ids, starts, mask, temperature):
     entropies = -(logp.exp() * logp).sum(-1)[:, :-1]  # [B, S - 1]
     where = (starts[:, None] - 1 + torch.arange(mask.shape[1])).clamp(max=chosen.shape[1] - 1)  # [B, T]
     return chosen.gather(1, where) * mask, entropies.gather(1, where) * mask
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_reference_is_sharded_again_after_its_pass(script, trainable):
+    """It has no backward pass that would free what FSDP's root gathered; the policy has, and keeps it until then."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = script.load_policy(script.Args(model=str(TINY)), torch.device("cpu"), trainable=trainable)
+        with torch.no_grad():
+            policy(torch.tensor([[1, 2, 3, 4]]), torch.tensor([2]), torch.ones(1, 2, dtype=torch.bool))
+        assert isinstance(policy.model.get_input_embeddings().weight, DTensor) != trainable
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -153,10 +153,22 @@ def test_bad_input_from_the_shell():
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.long
-def test_help_from_the_shell():
-    done = launch([f"{SCRIPTS[-1]}.py", "--help"])
-    assert done.returncode == 0 and "--group_size" in done.stdout
+def test_help_has_every_flag_in_its_group(script, monkeypatch, capsys):
+    """A line each at this width, with default and meaning, behind the group's title; and the docstring's examples."""
+    monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "130")
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    lines = capsys.readouterr().out.splitlines()
+    fields = script.Args.__dataclass_fields__.values()
+    flags = [line for line in lines if line.startswith("  --") and not line.startswith("  --flag ")]
+    assert stop.value.code == 0 and len(lines) < 60 and [line.split()[0][2:] for line in flags] == [f.name for f in fields]
+    for line, field in zip(flags, fields):
+        assert field.metadata["help"] in line and (field.default is None or f" {field.default} " in line)
+    titles = [line for line in lines if line.endswith(":") and line[0] != " "]
+    assert titles == ["The algorithm:", "Data and sampling:", "Optimisation:", "The run:"]
+    assert lines.index("Optimisation:") + 2 == lines.index(next(line for line in flags if "--lr " in line))
+    assert sum(f"{script.SCRIPT}.py" in line for line in lines[:8]) == 3
 
 
 def test_importing_runs_nothing():

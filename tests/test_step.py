@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import SCRIPTS, TINY, launch
 from step_worker import GROUP, PROMPTS, VARIANTS, rollouts, run_case, train
+from torch.distributed.fsdp import FSDPModule
 
 WHOLE, SMALL, ONE = 10**6, 200, 1  # tokens a micro-batch: all at once, a few rows, one completion
 CASES = [f"{name}/{variant}" for name in SCRIPTS for variant in VARIANTS[name]]
@@ -178,6 +179,15 @@ def test_importance_weights_and_the_alarm(alone, name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         step(0.6)
     assert stop.value.code == 1 and "Δ log p" in capsys.readouterr().err
+
+
+def test_replicas_add_up_their_gradients_once_an_update(alone, script, monkeypatch):
+    """Over nodes FSDP's all-reduce is asked for with the last micro-batch of an update, and not before."""
+    asked, honest = [], FSDPModule.set_requires_all_reduce
+    monkeypatch.setattr(FSDPModule, "set_requires_all_reduce", lambda self, last: asked.append(last) or honest(self, last))
+    train(script, micro_batch_tokens=SMALL, updates_per_batch=2, lr=1e-6)
+    count = len(asked) // 2
+    assert count > 2 and asked == ([False] * (count - 1) + [True]) * 2
 
 
 def test_lambda_of_the_step_is_the_objectives(alone):
