@@ -628,6 +628,17 @@ def test_what_a_run_needs_is_said_at_its_start(monkeypatch, capsys):
         assert ("a step has up to 2,097,152 tokens" in said and " hours on this CPU" in said) == hours
 
 
+def test_prompts_of_a_run(tmp_path, capsys):
+    """They have the run's system prompt in them; too long ones are counted apart from those without a token."""
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in ("1+1?", "1+1?" * 20)))
+    args = argparse.Namespace(model=str(TINY), system_prompt="Be brief.", max_prompt_tokens=90, max_new_tokens=8)
+    tokenizer = make_tokenizer(None)
+    (row,), skipped = ev.load_prompts(str(path), "train", tokenizer, args)
+    assert tokenizer.decode(row["prompt"]).startswith("<bos>Be brief.\n\nQuestion:\n1+1?") and skipped == 1
+    assert "1 prompts, 1 skipped: 0 without a token, 1 longer than --max_prompt_tokens 90" in capsys.readouterr().out
+
+
 def test_encode_prompt_of_the_tiny_model():
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
@@ -768,6 +779,9 @@ def test_command_line(tmp_path):
     assert len(rows) == 64 and {row["why"] for row in rows} <= {"text", "math-verify", "no answer"}
     assert all(row["correct"] == (row["extracted"] == row["answer"]) for row in rows)
     assert sum(row["correct"] for row in rows) / 64 == summary[0]["accuracy"] and 0 < summary[0]["accuracy"] < 0.6
+    assert rows[0]["system_prompt"] is None  # so that with another one, in either order, --out is refused
+    done = run(*arguments, "--n", 4, "--seed", 5, "--system_prompt", "1", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "was made with system_prompt None, not '1'" in done.stderr
     done = run("--grade", rows_file, "--out", tmp_path / "graded")
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "graded" / "summary.json").read_text())[0]
