@@ -104,6 +104,7 @@ def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     assert stopped.value.code == 2 and said.startswith("error: --output") and said.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_papers_patch_beside_grpo(tmp_path, capsys):
     start(tmp_path, "--tasks", "toy", "--methods", "gspo.py --clip_high 0.1", "lambda_grpo_prm.py")
     lines = [line.split(" | ")[1] for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| toy")]

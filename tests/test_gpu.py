@@ -21,6 +21,7 @@ WIDE = fits.config_of("tiny")  # so wide that the peak is in a layer's backward 
 WIDE.intermediate_size, WIDE.vocab_size = 1024, 512
 
 
+@pytest.mark.long
 def test_every_item_runs_on_a_cpu_as_far_as_it_can(tmp_path):
     done = launch(["tests/gpu.py", "--quick", "--json", tmp_path / "gpu.json"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

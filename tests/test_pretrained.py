@@ -39,6 +39,7 @@ def finished(output):
     return {path: path.stat().st_mtime_ns for path in output.glob("*/held_out.json")}
 
 
+@pytest.mark.long
 def test_each_script_runs_with_equal_flags_and_our_reward(output):
     runs = [json.loads((output / script / "args.json").read_text()) for script in SCRIPTS]
     assert [run["script"] for run in runs] == SCRIPTS
@@ -48,6 +49,7 @@ def test_each_script_runs_with_equal_flags_and_our_reward(output):
     assert problems[0] == problems[1] == problems[2] == problems[3] and len(problems[0]) == 8
 
 
+@pytest.mark.long
 def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     before = finished(output)
     start(output)
@@ -60,6 +62,7 @@ def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     assert stopped.value.code == 2 and said.startswith("error: --output") and said.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_run_that_fails_is_named_in_one_line(tmp_path, capfd):
     write_runs(tmp_path, steps=2)
     shutil.rmtree(tmp_path / "grpo")
@@ -121,6 +124,7 @@ def test_the_table_and_the_curves_are_the_runs(tmp_path):
 
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed: only the picture needs it")
+@pytest.mark.long
 def test_the_picture_is_drawn(output):
     picture = output / "curves.png"
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size < 120_000
