@@ -897,7 +897,7 @@ def write_whole(path, text):
 
 def say_end(run):
     """Where the model and the metrics are; with matplotlib also their curves."""
-    say(f"the model is in {run / 'final'}, every step's metrics in {run / 'metrics.jsonl'}")
+    say(f"the model is in {run / 'final'}, metrics.jsonl and samples.jsonl beside it")
     if RANK == 0 and find_spec("matplotlib"):
         draw_curves([run], run / "curves.png")
         say(f"reward, length and entropy as curves: {run / 'curves.png'}")

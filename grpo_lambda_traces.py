@@ -98,6 +98,7 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="a gradient of a larger norm is scaled down to it")
     tis_cap: float = HfArg(default=2.0, help="importance weights π_old/π_sampler are cut off here; large: never")
     micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass: lower it when memory runs out")
+    compile: bool = HfArg(default=False, help="compile the layers: starts minutes later, steps may be faster on a GPU")
     # The run
     eval_every: int = HfArg(default=0, help="evaluate every so many steps; 0: only at the end")
     save_every: int = HfArg(default=20, help="save a checkpoint every so many steps; 0: only at the end")
@@ -472,17 +473,14 @@ class Policy(torch.nn.Module):
         rows, steps = mask.nonzero(as_tuple=True)  # [N], [N]: an entry for each completion token
         positions = starts[rows] + steps  # a token is predicted from the position before it
         hidden, targets = hidden[rows, positions - 1], input_ids[rows, positions]  # [N, H], [N]
-        head = self.model.get_output_embeddings()
-        chunks = [
-            checkpoint(self.score, chunk, target, head.weight, getattr(head, "bias", None), use_reentrant=False)
-            for chunk, target in zip(hidden.split(512), targets.split(512))
-        ]
+        pieces = zip(hidden.split(512), targets.split(512))
+        chunks = [checkpoint(self.score, *piece, use_reentrant=False) for piece in pieces]
         padded = torch.zeros(mask.shape, device=input_ids.device)  # [B, T]
         return tuple(padded.index_put((rows, steps), torch.cat(values)) for values in zip(*chunks))
 
-    def score(self, hidden, targets, weight, bias):
+    def score(self, hidden, targets):
         """hidden [N, H], targets [N] -> log-probabilities [N] in float32, entropies [N] without gradient."""
-        logits = F.linear(hidden, weight, bias).float().div_(self.temperature)  # [N, V]
+        logits = self.model.get_output_embeddings()(hidden).float().div_(self.temperature)  # [N, V]
         logp = logits.log_softmax(-1)  # [N, V]
         chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
         with torch.no_grad():  # behind all that needs a gradient: so the backward pass does not compute it again
@@ -503,6 +501,8 @@ def load_policy(args, device, trainable=True):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
             layer.training = True  # of the layer alone: checkpointing asks for it, the dropout inside stays off
+    for layer in layers if args.compile else []:  # its forward alone: checkpointing and FSDP stay outside
+        layer.forward = torch.compile(layer.forward, dynamic=True)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
     mesh = init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
     mesh = mesh["shard"] if WORLD == local else mesh  # FSDP would keep all gradients twice, for replicas not there

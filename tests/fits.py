@@ -94,13 +94,15 @@ def arithmetic(config, shards, tokens):
     }
 
 
-def wrap(model, mesh, precision, trainable=True):
+def wrap(model, mesh, precision, trainable=True, args=grpo.Args()):
     """load_policy of a model that is there already, as on a GPU: checkpointing, sharding, fp32 weights."""
     policy = grpo.Policy(model.eval(), 1.0)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
         layer.training = True
+    for layer in layers if args.compile else []:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
     for module in [*layers, policy]:
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
     return policy.float()

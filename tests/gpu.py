@@ -9,7 +9,8 @@ Nothing is downloaded: weights are random, of a configuration in fits.py, the to
 gets the table's numbers. Each item is by itself: if it raises, that is its line of the table, and the others follow.
 The exit code is 1 if anything does not hold. Under torchrun all ranks do an item together; one that fails alone, in the
 middle of it, ends the job after ten minutes. Without a GPU everything is "not run"; but the code of each item runs, on
-a tiny model with short sequences, and what fails even there does not hold. --quick: without vllm, toy and resume.
+a tiny model with short sequences, and what fails even there does not hold. --quick leaves out what takes longest
+there: vllm, compiled, toy and resume.
 """
 
 import argparse
@@ -69,12 +70,12 @@ class Here:
         self.shrink = 1 if self.gpu else 32  # divides lengths
         self.config, self.mesh = fits.config_of(self.size), fits.mesh_of(self.device.type, grpo.WORLD)
 
-    def policy(self, precision="bf16", checkpointing=True):
+    def policy(self, precision="bf16", checkpointing=True, compile=False):
         """A sharded policy with random weights, the same each time."""
         torch.manual_seed(0)
         with torch.device(self.device):
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
-        policy = fits.wrap(model, self.mesh, PRECISIONS[precision])
+        policy = fits.wrap(model, self.mesh, PRECISIONS[precision], args=grpo.Args(compile=compile))
         if not checkpointing:
             model.gradient_checkpointing_disable()
         return policy
@@ -130,7 +131,7 @@ def with_optimizer(policy):
     return torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
-def training_step(here, longest):
+def training_step(here, longest, compile=False):
     """(a function that makes a step by grpo.train_step, {tokens, longest, micro_batches, operations} of this rank).
 
     The completions are made up: long-tailed lengths, most about a quarter of the longest. A rank has 64, on a CPU 8.
@@ -144,7 +145,7 @@ def training_step(here, longest):
     vocabulary = here.config.vocab_size
     draw = lambda n: torch.randint(1, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     args = grpo.Args(group_size=group_size, prompts_per_step=prompts * grpo.WORLD, micro_batch_tokens=budget)
-    policy = here.policy()
+    policy = here.policy(compile=compile)
     policy.temperature = 100.0  # nearly uniform, so that a sampler can have reported -log V for each token
     optimizer, asked = with_optimizer(policy), [draw(prompt) for _ in range(prompts)]
     completions = [grpo.Completion(draw(n), "stop", [-math.log(vocabulary)] * n) for n in lengths]
@@ -280,16 +281,17 @@ def head(here):
         f"{seconds:.2f}, memory {gb:.2f} (< 0.5)")
 
 
-def step2k(here, longest=2048):
+def step2k(here, longest=2048, compile=False):
     """A training step: tokens a second, share of the card's bf16 peak, memory. The goal is for 1.5B at 4096 alone."""
-    one_step, work = training_step(here, longest)
-    metrics = one_step()
+    one_step, work = training_step(here, longest, compile)
+    metrics, first, _ = here.measured(one_step)
     seconds = statistics.median(here.measured(one_step)[1] for _ in range(3 if here.gpu else 1))
     peak = 1e12 * next((PEAKS[name] for name in PEAKS if name in here.card), math.nan)
     share, speed = work["operations"] / seconds / peak, work["tokens"] / seconds
-    numbers = {**work, "seconds": seconds, "tokens_per_second": speed, "share_of_peak": share}
+    numbers = {**work, "seconds": seconds, "seconds_first": first, "tokens_per_second": speed, "share_of_peak": share}
     text = (f"{share:.1%} of the card's {peak / 1e12:.0f} T operations/s, {speed:.0f} tokens/s a rank: "
-            f"{work['tokens']} in {work['micro_batches']} micro-batches, rows up to {work['longest']}; {seconds:.2f} s")
+            f"{work['tokens']} in {work['micro_batches']} micro-batches, rows up to {work['longest']}; {seconds:.2f} s, "
+            f"the first {first:.1f} s")
     if here.gpu:
         numbers["gb_allocated"] = torch.cuda.max_memory_allocated() / 1e9
         text += f", {numbers['gb_allocated']:.1f} GB"
@@ -300,6 +302,18 @@ def step2k(here, longest=2048):
 def step4k(here):
     """The same at 4096 tokens."""
     return step2k(here, 4096)
+
+
+def compiled(here):
+    """--compile: the same gradients, and the step at 4096 tokens once more; its first one pays for the compilation."""
+    if here.quick:
+        return None, {}, "--quick"
+    batch = here.batch(4, 64, 448)
+    eager, fused = (second_pass(here, here.policy(compile=way), batch)[3] for way in (False, True))
+    _, difference, _ = compare(eager, fused, here.device)
+    holds, numbers, text = step2k(here, 4096, compile=True)
+    numbers["gradient_difference"] = difference
+    return holds and difference < 0.02, numbers, f"gradients differ by {difference:.1e} (< 0.02); {text}"
 
 
 def where(here):
@@ -401,6 +415,7 @@ def resume(here):
 ITEMS = {
     vllm: "vLLM: start, sleep, wake, reload", numerics: "bf16 against fp32", checkpointing: "gradient checkpointing",
     head: "the head in chunks", step2k: "a training step of 2048 tokens", step4k: "a training step of 4096 tokens",
+    compiled: "the same with --compile",
     where: "where its time goes", memory: "peak memory", toy: "the toy by default", resume: "saved, killed, resumed",
 }
 
@@ -433,7 +448,7 @@ def main():
     parser.add_argument("--only", default=",".join(names), help="items, with commas between: " + ", ".join(names))
     file = f"runs/gpu-{time.strftime('%Y%m%d-%H%M%S')}.json"
     parser.add_argument("--json", default=file, help="file for the numbers (runs/gpu-<time>.json)")
-    parser.add_argument("--quick", action="store_true", help="without vllm, toy and resume")
+    parser.add_argument("--quick", action="store_true", help="without vllm, compiled, toy and resume")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

@@ -29,7 +29,7 @@ def test_every_item_runs_on_a_cpu_as_far_as_it_can(tmp_path):
     assert list(items) == [item.__name__ for item in gpu.ITEMS]
     for name, row in items.items():
         assert re.search(rf"^{row['verdict']} +{name} ", done.stdout, re.M)
-        assert "--quick" in row["text"] if name in ("vllm", "toy", "resume") else row["numbers"]
+        assert "--quick" in row["text"] if name in ("vllm", "compiled", "toy", "resume") else row["numbers"]
         if not torch.cuda.is_available():
             assert row["verdict"] == "not run" and ("no GPU" in row["text"] or "--quick" in row["text"])
 

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import SCRIPTS, TINY
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 SMALL = dict(vocab_size=301, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, max_position_embeddings=512)
@@ -137,3 +139,36 @@ def test_loaded_sharded_and_saved_again(name, dtype, tmp_path, alone):
     assert again.dtype == dtype
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").state_dict()
     assert all(torch.equal(tensor, there[key]) for key, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("name, backend", [  # inductor's kernels take a minute; Gemma 3 has two kinds of layer
+    ("qwen2", "eager"), pytest.param("qwen2", "inductor", marks=pytest.mark.long),
+    pytest.param("gemma3", "aot_eager", marks=pytest.mark.long),
+])
+def test_compiled_layers_are_the_same(name, backend, tmp_path, monkeypatch, alone):
+    """--compile, with checkpointing: log-probabilities and gradients, and no graph for each shape of micro-batch."""
+    import grpo
+
+    make(name).save_pretrained(tmp_path)
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: plain(function, backend=backend, **how))
+    torch._dynamo.reset()
+    counters.clear()
+    args = [grpo.Args(model=str(tmp_path), compile=way) for way in (False, True)]
+    policies = [grpo.load_policy(own, torch.device("cpu")) for own in args]
+    for policy in policies:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in policy.model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+    graphs = []
+    for rows, length in [(3, 40), (1, 33), (5, 64), (1, 80), (2, 100), (7, 17), (9, 61)]:
+        batch = torch.randint(301, (rows, length)), torch.full((rows,), 7), torch.ones(rows, length - 7).bool()
+        eager, compiled = (policy(*batch)[0] for policy in policies)
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+        (eager.sum() + compiled.sum()).backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] < graphs[1] == graphs[-1] and not counters["graph_break"]  # one row is a shape of its own
+    for (key, one), other in zip(policies[0].named_parameters(), policies[1].parameters()):
+        one, other = one.grad.full_tensor(), other.grad.full_tensor()
+        assert (one - other).norm() < 1e-5 * one.norm(), key
