@@ -109,7 +109,7 @@ def arithmetic(split):
 
 
 def load_problems(name, split="train"):
-    """Problems as a list of {"problem", "answer"}, the answers cleaned; unusable rows are dropped and counted.
+    """Rows with their "problem" and cleaned "answer", and their other columns; unusable ones are dropped and counted.
 
     name: "arithmetic" or one of HUB; a .jsonl or .parquet file; any other hub id "owner/name".
     split: "train" or "test", where the data set has both. Bad input ends the program with one line (see fail).
@@ -125,14 +125,14 @@ def load_problems(name, split="train"):
 
 
 def usable(rows, name, wanted=PROBLEMS | ANSWERS):
-    """The wanted columns, {key: possible names}, of those rows that have a problem and a gold the grader can read."""
+    """Those rows that have a problem and a gold the grader can read, with the wanted columns, {key: possible names}."""
     found = {str(column).lower(): column for row in rows for column in row}
     columns = {key: next((found[column] for column in names if column in found), None) for key, names in wanted.items()}
     if None in columns.values():
         has = f"has the columns {', '.join(found.values())}" if found else "is empty"
         missing = [names for key, names in wanted.items() if columns[key] is None]
         fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in missing))
-    texts = [{key: read_cell(row.get(column)) for key, column in columns.items()} for row in rows]
+    texts = [{**row, **{key: read_cell(row.get(column)) for key, column in columns.items()}} for row in rows]
     in_box = columns["answer"].lower() == "solution"
     for row in texts:
         if "####" in row["answer"]:  # GSM8K's "so she has 18 #### 18"
@@ -803,7 +803,7 @@ def read_flags(Args, script, toy):
     folder = given.resume or given.output_dir
     done = checkpoints(folder) if folder else []
     if given.resume:
-        check(done, f"--resume {given.resume}: no checkpoint there; the folder of a run has checkpoints/step_N in it")
+        check(done, f"--resume {given.resume}: no checkpoint there (one comes every --save_every steps): start anew")
         saved = json.loads(Path(given.resume, "args.json").read_text())
         check(saved.pop("script") == script and given.model in (None, saved["model"]),
               f"--resume {given.resume}: that run is of another script or model; start a new run without --resume")
@@ -879,6 +879,7 @@ def log_accuracy(run, args, step, sampler, tokenizer, problems, grader):
     broadcast_object_list(done)
     if done[0]:
         return
+    problems = [{"problem": row["problem"], "answer": row["answer"]} for row in problems]
     accuracy = evaluate(sampler, tokenizer, problems, grader, system=args.system_prompt)["accuracy"]
     say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(problems)} problems, greedy)")
     if RANK == 0:
@@ -905,6 +906,7 @@ def say_end(run):
 
 def draw_curves(runs, picture):
     """Reward, length and entropy of each step of some runs, as their metrics.jsonl have them, drawn into a PNG."""
+    check(find_spec("matplotlib"), "curves need a package: pip install matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1032,7 +1034,8 @@ def grade_file(args):
     """Grade completions made elsewhere. Rows of one problem belong together, if there is a column problem."""
     rows = read_file(args.grade)
     grouped = {"problem": ("problem",)} if any("problem" in row for row in rows) else {}
-    rows = usable(rows, args.grade, {"completion": ("completion",)} | ANSWERS | grouped)
+    wanted = {"completion": ("completion",)} | ANSWERS | grouped
+    rows = [{key: row[key] for key in wanted} for row in usable(rows, args.grade, wanted)]
     with Grader() as grader:
         verdicts = grader.judge_all([(row["completion"], row["answer"]) for row in rows])
     rows = [{"index": row.get("problem", i), **row, **verdict} for i, (row, verdict) in enumerate(zip(rows, verdicts))]
@@ -1059,7 +1062,7 @@ def evaluate_models(args):
         check(kept, f"{name}: of no problem a tokenizer knows a character")
         if len(kept) < len(rows):
             say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: their prompts have no token")
-        benchmarks[name] = [{**row, **settings} for row in kept]
+        benchmarks[name] = [{"problem": row["problem"], "answer": row["answer"], **settings} for row in kept]
     files, room, missing = {}, {}, {}
     for model, tokenizer in tokenizers.items():
         prompts = (row["problem"] for rows in benchmarks.values() for row in rows)

@@ -63,10 +63,10 @@ SCRIPT = Path(__file__).stem
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
 
-@dataclass
+@dataclass  # each field is a flag, with its help
 class Args:
     # The algorithm
-    loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="how tokens are weighted: see the docstring")
+    loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="weights 1/(G·|o_i|), 1/Σ|o_j|, 1/(G·L_max)")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - clip_low")
     clip_high: float = HfArg(default=0.2, help="and above at 1 + clip_high (DAPO's clip-higher: 0.28)")
     beta: float = HfArg(default=0.0, help="weight of the KL term; above 0 a frozen reference model is loaded")
@@ -105,7 +105,7 @@ class Args:
 # 1. Reward ------------------------------------------------------------------------------------------------------------
 
 def rewards_of(texts, problems, grader):
-    """1 for a right answer in the last box, else 0. Yours goes here: texts and their problems in, floats out."""
+    """1 for a right answer, boxed or after "answer is", else 0. Yours goes here: texts, rows of the data -> floats."""
     return [float(right) for right in grader.grade_all([(text, row["answer"]) for text, row in zip(texts, problems)])]
 
 
@@ -168,7 +168,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """Update the policy by this rank's prompts [P][ids], completions [P·G], rewards [P, G]. Metrics of all ranks."""
+    """A step by this rank's prompts [P][ids], completions [P·G], rewards [P, G]; metrics of all. λ: variants differ."""
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
@@ -182,9 +182,9 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
     plan, totals = micro_batches([len(ids) for ids in sequences], args.micro_batch_tokens, device), Counter()
     for update in range(args.updates_per_batch):
-        sums = Counter()  # over this rank's tokens; named after the means that they become at the end
+        sums = Counter()  # over this rank's tokens, update() adds; named after the means that they become at the end
         for rows in plan:
-            part = rows, slice(max(len(completions[row].ids) for row in rows))  # of [P·G, T]: B rows, to their longest
+            part = rows, slice(max(len(completions[row].ids) for row in rows))  # index of B rows, to their longest
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
             logp, entropy = policy(input_ids, starts[rows], mask[part])  # [B, T], [B, T]
             if update == 0:
@@ -212,7 +212,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         optimizer.zero_grad()  # here, not before: the sampler can use that memory
         totals.update({**sums, "grad_norm": norm})
 
-    equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]
+    equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; sums over groups, then means over all P:
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": equal.sum(), "length": lengths.sum() / group_size}
     sums["truncated"] = sum(completion.finish == "length" for completion in completions) / group_size
     metrics = {name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()}
@@ -253,14 +253,14 @@ def main():
     bar = tqdm(range(done + 1, args.steps + 1), SCRIPT, initial=done, total=args.steps, disable=RANK > 0 or None)
 
     with Grader() as grader:
-        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # if a kill came between
+        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # if a kill came before it
         for step in bar:
             clock, timeouts = Seconds(bar), grader.timeouts
             clock.start("sampling")
             place = (step - 1) * args.prompts_per_step + RANK * share  # of this rank's first prompt
             chosen = [data[i] for i in order[place : place + share]]
-            prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_000_007 + place  # whatever the ranks
-            completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G]
+            prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_000_007 + place
+            completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], however many ranks
             sampler.sleep()
 
             clock.start("grading")

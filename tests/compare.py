@@ -516,8 +516,8 @@ def parse_args():
     rates = [1e-4, 3e-4, 1e-3]
     parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of the sweep (default: 1e-4 3e-4 1e-3)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all four")
-    parser.add_argument("--methods", nargs="+", metavar="COMMAND", help="only grpo.py and these, each tuned: a script, or a "
-                        "paper's patch in tests/papers, with its flags")
+    parser.add_argument("--methods", nargs="+", metavar="COMMAND", help="only grpo.py and these, each tuned: a script "
+                        "beside it, your own as well, or a paper's patch in tests/papers, with its flags")
     parser.add_argument("--draw", nargs="*", metavar="RUN", help="train nothing: tables and picture from --output; with "
                         "folders of runs, whatever they are: their curves together, into --picture")
     args = parser.parse_args()
@@ -534,9 +534,11 @@ def parse_args():
     if args.sweep_seeds == 0 and len(args.rates) > 1:
         fail("--sweep_seeds 0 leaves no sweep to choose a rate: give a single one in --rates")
     for method in args.methods or ():
-        known = method.partition(".py")[0] in (*PAPERS, *(method.partition(".py")[0] for method in TUNED))
+        name, is_script, _ = method.partition(".py")
+        known = is_script and (name in PAPERS or (HERE.parent / f"{name}.py").exists()) and name != "eval"
         if not known or method == "grpo.py":
-            fail(f"--methods {method!r}: a script with its flags, such as 'gspo.py --updates_per_batch 3'")
+            fail(f"--methods {method!r}: a script beside grpo.py, or one of {', '.join(PAPERS)} and .py; with flags in "
+                 "the same quotation marks, such as 'gspo.py --updates_per_batch 3'")
     check_settings(args)
     return args
 

@@ -253,6 +253,8 @@ def check_settings(args):
 
 def main():
     args = parse_args()
+    if not (args.draw or args.convert or args.model.is_dir()):
+        fail(f"--model {args.model}: there is no such folder; --help says how to make one")
     check_settings(args)
     if args.only:
         return run(args, args.only)

@@ -13,7 +13,7 @@ from conftest import ROOT, SCRIPTS
 VARIANTS = [name for name in SCRIPTS if name != "grpo"]
 
 
-def common(text):
+def common(text, own_reward=False):
     """[(line number, line)] of what all scripts share: not the docstring, Args, section 2, lines marked `# λ:`."""
     lines, kept = text.splitlines(), []
     skipping = '"""'
@@ -21,7 +21,7 @@ def common(text):
         if skipping == '"""' and number > 1 and line.endswith('"""'):
             skipping = None
         elif line == "class Args:":
-            skipping = "# 1. Reward"
+            skipping = "# 2. Advantage" if own_reward else "# 1. Reward"
         elif line.startswith("# 2. Advantage"):
             skipping = "# 3. The training step"
         elif skipping and skipping.startswith("#") and line.startswith(skipping):
@@ -32,13 +32,16 @@ def common(text):
     return kept
 
 
-def first_difference(base, other):
-    """None, or what a maintainer has to look at."""
-    left, right = common(base), common(other)
-    for (number, line), (other_number, other_line) in zip(left, right):
-        if line != other_line:
-            return f"grpo.py:{number}: {line.strip()!r} is at line {other_number} {other_line.strip()!r}"
-    return None if len(left) == len(right) else f"{len(left)} common lines in grpo.py, {len(right)} in the other"
+def first_difference(base, other, own_reward=False):
+    """None, or what a maintainer has to look at. own_reward: section 1 may be another one, too."""
+    left, right = common(base, own_reward), common(other, own_reward)
+    matcher = difflib.SequenceMatcher(None, [line for _, line in left], [line for _, line in right], autojunk=False)
+    for tag, start, end, other_start, other_end in matcher.get_opcodes():
+        if tag != "equal":
+            gone = [f"grpo.py:{number} {line.strip()!r} is not in the other" for number, line in left[start:end]]
+            new = [f"line {number} {line.strip()!r} is not in grpo.py" for number, line in right[other_start:other_end]]
+            return "; ".join([*new, *gone]) + ": a line that belongs to the method needs the mark `# λ:`"
+    return None
 
 
 def body(text):

@@ -458,7 +458,20 @@ def test_solution_and_other_columns(tmp_path):
     rows = [{"Problem": "a?", "Solution": "Thus $\\boxed{\\frac34}$."}, {"Problem": "b?", "Solution": "no box"}]
     assert [row["answer"] for row in ev.load_problems(write(tmp_path / "a.jsonl", rows))] == ["\\frac34"]
     rows = [{"prompt": [{"role": "user", "content": "a?"}], "reward_model": {"ground_truth": "34", "style": "rule"}}]
-    assert ev.load_problems(write(tmp_path / "b.jsonl", rows)) == [{"problem": "a?", "answer": "34"}]
+    (row,) = ev.load_problems(write(tmp_path / "b.jsonl", rows))
+    assert (row["problem"], row["answer"]) == ("a?", "34")
+
+
+OWN = {"kind": "sum", "index": 7, "length": "long", "finish": None}  # columns of a user's own, some with names of ours
+
+
+def test_own_columns_reach_the_reward(tmp_path):
+    """A reward may ask for more than problem and answer; to grade completions no other column counts."""
+    path = write(tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": "2", "completion": "\\boxed{2}", **OWN}])
+    (row,) = ev.load_problems(path)
+    assert row == {"question": "1+1?", "problem": "1+1?", "answer": "2", "completion": "\\boxed{2}", **OWN}
+    (statistics_,) = ev.grade_file(argparse.Namespace(grade=path, out=None, k=None)).values()
+    assert statistics_["accuracy"] == 1 and not {"kind", "length"} & set(statistics_["records"][0])
 
 
 def test_parquet(tmp_path):
@@ -468,7 +481,7 @@ def test_parquet(tmp_path):
     assert ev.load_problems(str(tmp_path / "rows.parquet")) == rows
     nested = [{"prompt": [{"content": "a?", "role": "user"}], "reward_model": {"ground_truth": "34"}}]
     datasets.Dataset.from_list(nested).to_parquet(str(tmp_path / "nested.parquet"))
-    assert ev.load_problems(str(tmp_path / "nested.parquet")) == [{"problem": "a?", "answer": "34"}]
+    assert ev.load_problems(str(tmp_path / "nested.parquet")) == [{**nested[0], "problem": "a?", "answer": "34"}]
 
 
 def test_names_of_the_hub(monkeypatch):
@@ -763,7 +776,7 @@ def run(*arguments, **options):
 
 def test_command_line(tmp_path):
     """Two models and a file, sampled; the table, the rows, the summary; and the rows graded again by --grade."""
-    (tmp_path / "mine.jsonl").write_text('{"question": "1+2+3+4?", "answer": "10"}\n')
+    write(tmp_path / "mine.jsonl", [{"question": "1+2+3+4?", "answer": "10", **OWN}])
     arguments = ("--model", f"{TINY},{TINY}/", "--benchmarks", f"arithmetic,{tmp_path / 'mine.jsonl'}", "--limit", 16)
     done = run(*arguments, "--n", 4, "--k", "1,3", "--seed", 5, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -779,6 +792,8 @@ def test_command_line(tmp_path):
     assert len(rows) == 64 and {row["why"] for row in rows} <= {"text", "math-verify", "no answer"}
     assert all(row["correct"] == (row["extracted"] == row["answer"]) for row in rows)
     assert sum(row["correct"] for row in rows) / 64 == summary[0]["accuracy"] and 0 < summary[0]["accuracy"] < 0.6
+    mine = [json.loads(line) for line in next(path for path in (tmp_path / "out").rglob("*mine.jsonl")).open()]
+    assert {row["index"] for row in mine} == {0} and "kind" not in mine[0] and mine[0]["length"] > 0
     assert rows[0]["system_prompt"] is None  # so that with another one, in either order, --out is refused
     done = run(*arguments, "--n", 4, "--seed", 5, "--system_prompt", "1", "--out", tmp_path / "out")
     assert done.returncode == 2 and "was made with system_prompt None, not '1'" in done.stderr
