@@ -205,7 +205,7 @@ def draw(args, start, found):
         axes[2].errorbar([i / 15, 1 + i / 15], centres, halves, capsize=3, elinewidth=1, **look)
     for axis, title in zip(axes, ("reward in training", "length in training, tokens", "reward, held-out problems")):
         axis.set_title(title, fontsize=13)
-        axis.set_xlabel("step (mean of five)")
+        axis.set_xlabel("step (moving mean of five)")
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     for axis in axes[::2]:
         axis.set_ylim(0, 1)

@@ -212,7 +212,7 @@ def test_command(command, clone):
 def test_files(clone):
     """Files exist in the repository or in the folder of a run; the papers' scripts, X.py and .jsonl are the reader's."""
     run = clone.folder / clone.run_of("grpo")
-    text = re.sub(r"https?://\S+", "", README)
+    text = re.sub(r"https?://[^\s)]+", "", README)
     named = set(re.findall(rf"(?<![\w./-])[\w./-]*\w\.(?:{FILES})(?!\w)", text))
     named |= {word for span in SPANS for word in span.split() if re.fullmatch(r"[\w.-]+/[\w./-]*", word)}
     named |= {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("#")} - {""}
@@ -273,6 +273,8 @@ def test_the_patch_that_is_shown():
 def test_the_front_page_is_short():
     lines = [line for line in PAGES[0].splitlines() if not line.startswith("|")]
     assert len(lines) <= 200 and max(map(len, lines)) <= 120
+    code = [content for _, content in FENCE.findall(PAGES[0])] + re.findall(r"^    (?=\S).*", PAGES[0], re.M)
+    assert max(len(line) for text in code for line in text.splitlines()) <= 104, "a browser would cut off its end"
 
 
 def test_the_reward_that_is_shown():

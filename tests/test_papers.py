@@ -94,7 +94,7 @@ def test_patch_fits(name, tmp_path):
     assert (ROOT / "tests" / "papers" / f"{name}.diff").read_text().startswith(f"--- grpo.py\n+++ {name}.py\n@@ ")
     changed = [line for line in difflib.unified_diff(code(base), code(text), n=0, lineterm="") if line[:1] in "+-"][2:]
     assert 0 < len(changed) <= 20
-    assert f"| {len(changed)} lines |" in next(row for row in (ROOT / "tests" / "README.md").read_text().splitlines()
+    assert f"| {len(changed)} |" in next(row for row in (ROOT / "tests" / "README.md").read_text().splitlines()
                                                if row.startswith("|") and f"`{name}.diff`" in row)
     before, after = functions(base), functions(text)
     assert {key for key in after if after[key] != before.get(key)} == CHANGED[name]
