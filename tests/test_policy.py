@@ -141,10 +141,8 @@ def test_loaded_sharded_and_saved_again(name, dtype, tmp_path, alone):
     assert all(torch.equal(tensor, there[key]) for key, tensor in again.state_dict().items())
 
 
-@pytest.mark.parametrize("name, backend", [  # inductor's kernels take a minute; Gemma 3 has two kinds of layer
-    ("qwen2", "eager"), pytest.param("qwen2", "inductor", marks=pytest.mark.long),
-    pytest.param("gemma3", "aot_eager", marks=pytest.mark.long),
-])
+@pytest.mark.long  # inductor's kernels take a minute, for the second all but the kernels: it has two kinds of layer
+@pytest.mark.parametrize("name, backend", [("qwen2", "inductor"), ("gemma3", "aot_eager")])
 def test_compiled_layers_are_the_same(name, backend, tmp_path, monkeypatch, alone):
     """--compile, with checkpointing: log-probabilities and gradients, and no graph for each shape of micro-batch."""
     import grpo
