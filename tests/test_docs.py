@@ -112,7 +112,7 @@ def clone(tmp_path_factory, request):
 
 
 def small(words):
-    """The words, as --flag value, with what would need a network, a GPU or vLLM replaced."""
+    """The words, as --flag value, with what would need a network, a GPU, vLLM or a compiler's minute replaced."""
     words = [part for word in words for part in (word.split("=", 1) if re.match(r"--\w+=", word) else [word])]
     for flag, value in zip(words, words[1:]):
         for name in value.split(",") if flag in ("--dataset", "--eval_dataset", "--benchmarks") else ():
@@ -120,7 +120,7 @@ def small(words):
             assert known, f"no data set is called {name}"
     replaced = {"--model": str(ROOT / "tests" / "tiny"), "--dataset": "my.jsonl", "--eval_dataset": "my.jsonl",
                 "--benchmarks": "my.jsonl", "--sampler": "hf", "--wandb": ""}
-    return [replaced.get(flag, word) for flag, word in zip(["", *words], words)]
+    return [replaced.get(flag, word) for flag, word in zip(["", *words], words) if word != "--compile"]
 
 
 def training(clone, words):
