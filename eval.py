@@ -285,26 +285,47 @@ def load_prompts(name, split, tokenizer, args):
 
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
                          "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "³": "^3"})
-NUMBER = re.compile(r"([-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500}))"
-                    r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(-?\d)))?\s*(\\?%)?")
-PLAIN = re.compile(r"(?:[a-z]\s*=)?(?:\\(?:[dt]?frac|sqrt|pi|times|cdot)(?![a-z])|\\?%|[\s\d.{}\[\]^/+-])*")
-UNFINISHED = re.compile(  # 37+5, and what math-verify misreads: 6(7) and 6{7} as mixed numbers, 101_2 as 101, ∞^∞
-    r"[^\s({[^,_]\s*(?:[-+]|(?:\*|\\times|\\cdot)(?!\s*(?:10\s*\^|\\sqrt|\\pi)))|(?<!_)\d\s*\(|\)\s*[\d(]|(?<!_)\d\s+\d"
-    r"|^-?\{?\d+\}?\s*\{\s*\d|\d\s*\\[dt]?frac\s*\{\d\d+\}\s*\{\d\}|\d_(?!\{?10\b)|\\infty|\\sum|\\prod")
+NUMBER = re.compile(r"""
+    ([-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500}))  # -12, 12.5, .5
+    (?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(-?\d)))?  # \times 10^{-3}, * 10^3
+    \s*(\\?%)?
+    """, re.X)
+PLAIN = re.compile(r"""
+    (?:[a-z]\s*=)?  # x =
+    (?:\\(?:[dt]?frac|sqrt|pi|times|cdot)(?![a-z])|\\?%|[\s\d.{}\[\]^/+-])*  # a value without names
+    """, re.X)
+UNFINISHED = re.compile(r"""  # what is still to be worked out, and what math-verify misreads
+    [^\s({[^,_]\s*(?:[-+]|(?:\*|\\times|\\cdot)(?!\s*(?:10\s*\^|\\sqrt|\\pi)))  # 37+5, 6*7; but 6 \times 10^7, 6*\pi
+    |(?<!_)\d\s*\(|\)\s*[\d(]|(?<!_)\d\s+\d  # 6(7), which it takes for a mixed number, (6)7, 6 7
+    |^-?\{?\d+\}?\s*\{\s*\d  # 6{7}
+    |\d\s*\\[dt]?frac\s*\{\d\d+\}\s*\{\d\}  # 6\frac{12}{7}
+    |\d_(?!\{?10\b)  # 101_2, which it takes for 101
+    |\\infty|\\sum|\\prod  # \infty^\infty
+    """, re.X)
 TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{[\s~]*+([^{}]*)\}")
 FILLERS = ("so|thus|hence|therefore|then|and|the|that|this|which|is|are|be|it|we|he|she|they|there|have|has|get|gives"
            "|means|our|my|final|correct|answer|result|value|solutions?|total|sum|equals?|to|of|in|exactly|about")
-VALUE = re.compile(rf"(?:\0?(?:{FILLERS})[:,]? |\0)*+"  # words; value, up to a \text (now a NUL) or nameless; rest
-    r"([^\0]+?(?<!circ)(?<![\^{])(?= \0)|(?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}%\].]|\\pi))(?:\\? |~)*(.*)", re.I)
-CHANGES = re.compile(  # words and signs that make a value before them another one
-    r"(?i:\b(?:no[rt]?|or|but|except|wrong|incorrect|false|than|less|fewer|more|most|least|below|above|under|over|short"
-    r"|off|minus|plus|times \w+|mod\w*|power|root|point|pi|zero|one|two|hal[fv]\w*|thirds?|quarters?|dozens?|factorial"
-    r"|(?:\w*en|fif|six|eigh|nin|\w+d)ths?|\w+[bilrv]ed|\w*and|\w*llion|percent|inverse|recip\w*)\b|n't)|(?<![-^])\d"
-    r"|(?<!circ )(?<!\0)\b[A-Z]\b|\b[a-fi-knp-rt-z]\b|[^\w\s\0/^'’\\-]|\\(?!circ)|\^\W?(?!circ|[snrt][tdh])[^\W\d]")
-UNITS = {name: names.split(",")[0] for names in ("m,meter,metre|cm,centimeter|mm,millimeter|km,kilometer|in,inche,inch"
-    "|ft,foot,feet|yd,yard|mi,mile|l,liter,litre|ml,milliliter|g,gram|mg,milligram|kg,kilogram|lb,pound|oz,ounce|hz|khz"
-    "|s,sec,second|min,minute|h,hr,hour|day|week|month|year|degree,^\\circ|c|f|n|j|v|w|k|a|rad,radian|cent|dollar|euro"
-    "|am|pm|/,per|^ 2,^2,square,sq|^ 3,^3,cubic,cu|mi / h,mph|km / h,kmh").split("|") for name in names.split(",")}
+VALUE = re.compile(rf"""  # in a text whose \text{{...}} are marked by a NUL before them
+    (?:\0?(?:{FILLERS})[:,]?\ |\0)*+  # the words before it
+    ([^\0]+?(?<!circ)(?<![\^{{])(?=\ \0)  # the value, up to a \text,
+    |(?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}}%\].]|\\pi))  # or as long as there are no names
+    (?:\\?\ |~)*(.*)  # a unit, or other words
+    """, re.X | re.I)
+CHANGES = re.compile(r"""  # words and signs behind a value that make another one of it
+    (?i:\b(?:no[rt]?|or|but|except|wrong|incorrect|false
+    |than|less|fewer|more|most|least|below|above|under|over|short|off
+    |minus|plus|times\ \w+|mod\w*|power|root|point|pi|factorial|percent|inverse|recip\w*
+    |zero|one|two|hal[fv]\w*|thirds?|quarters?|dozens?|(?:\w*en|fif|six|eigh|nin|\w+d)ths?  # seventh, hundredth
+    |\w+[bilrv]ed|\w*and|\w*llion)\b|n't)  # doubled, squared, halved; thousand; million; isn't
+    |(?<![-^])\d|(?<!circ\ )(?<!\0)\b[A-Z]\b|\b[a-fi-knp-rt-z]\b  # 5 2, 5 J, 5 x: other factors; but m^2, 5 \text{J}, 5 m
+    |[^\w\s\0/^'’\\-]|\\(?!circ)|\^\W?(?!circ|[snrt][tdh])[^\W\d]  # 5!, 5 \pi, 5^x; but 5^\circ, 5^{th}
+    """, re.X)
+UNITS = (  # the names of a unit, its own first
+    "m,meter,metre|cm,centimeter|mm,millimeter|km,kilometer|in,inche,inch|ft,foot,feet|yd,yard|mi,mile"
+    "|l,liter,litre|ml,milliliter|g,gram|mg,milligram|kg,kilogram|lb,pound|oz,ounce|hz|khz"
+    "|s,sec,second|min,minute|h,hr,hour|day|week|month|year|am|pm|degree,^\\circ|rad,radian|c|f|n|j|v|w|k|a"
+    "|cent|dollar|euro|/,per|^ 2,^2,square,sq|^ 3,^3,cubic,cu|mi / h,mph|km / h,kmh")
+UNITS = {name: names.split(",")[0] for names in UNITS.split("|") for name in names.split(",")}
 
 
 def last_boxed(text):
@@ -336,10 +357,11 @@ def clean(text):
     text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
-    text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
+    text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)  # 4.5e33
     text = re.sub(r"(?<!\\)\\(?:[,;:!]|(?:left|middle|right)(?![a-z]))", " ", text)  # thin spaces, and sizes
     text = re.sub(r"(?<![\d.,/])(\d{1,9})(?: |\\ |~)(\d{1,2})/(\d{1,3})(?![\d.])", r"\1\\frac{\2}{\3}", text)  # 1 1/2
-    text = re.sub(r"(\.\d{0,99})\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?", lambda x: x[1] + 12 * x[2], text)
+    text = re.sub(r"(\.\d{0,99})\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?", lambda x: x[1] + 12 * x[2], text)  # .\bar3
+    # \sin 30^\circ in radians
     text = re.sub(r"(\\[cst]..\b[^=,+-]{0,9}?)([\d.]{1,9}) ?\^ ?\{? ?\\circ\b ?\}?", r"\1\\frac{\2\\pi}{180}", text)
     text = re.sub(r"^\s*\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s?\{?R\}?\s*)?(?:\\mid|:|\|)(.*)\\\}$", r"\1", text)  # x: x>3
     text = re.sub(r"^(?:\\[a-z]+\{)?\(?([A-J])[).:]\}?\\?\s\W*\b(?!.*\b[A-J]\b).*", r"\1", text)  # B) 5
