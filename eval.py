@@ -317,7 +317,7 @@ CHANGES = re.compile(r"""  # words and signs behind a value that make another on
     |minus|plus|times\ \w+|mod\w*|power|root|point|pi|factorial|percent|inverse|recip\w*
     |zero|one|two|hal[fv]\w*|thirds?|quarters?|dozens?|(?:\w*en|fif|six|eigh|nin|\w+d)ths?  # seventh, hundredth
     |\w+[bilrv]ed|\w*and|\w*llion)\b|n't)  # doubled, squared, halved; thousand; million; isn't
-    |(?<![-^])\d|(?<!circ\ )(?<!\0)\b[A-Z]\b|\b[a-fi-knp-rt-z]\b  # 5 2, 5 J, 5 x: other factors; but m^2, 5 \text{J}, 5 m
+    |(?<![-^])\d|(?<!circ\ )(?<!\0)\b[A-Z]\b|\b[a-fi-knp-rt-z]\b  # factors: 5 2, 5 J, 5 x; but m^2, \text{J}, 5 m
     |[^\w\s\0/^'’\\-]|\\(?!circ)|\^\W?(?!circ|[snrt][tdh])[^\W\d]  # 5!, 5 \pi, 5^x; but 5^\circ, 5^{th}
     """, re.X)
 UNITS = (  # the names of a unit, its own first
@@ -490,7 +490,7 @@ class Grader:
             worker = self.running.get(threading.get_ident())
             if worker is None or worker.poll() is not None:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-                pipes["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # some of sympy's verdicts hang on the order of sets
+                pipes["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # some of sympy's verdicts hang on sets' order
                 worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
                 self.running[threading.get_ident()] = worker
             try:
@@ -738,7 +738,7 @@ def start_vllm(model, args, dtype, longest, **options):
     except (ValueError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
-        sys.exit(f"error: rank {RANK}: vLLM does not fit: {' '.join(str(error).split())} Here: --gpu_memory_utilization "
+        sys.exit(f"error: rank {RANK}: vLLM does not fit: {' '.join(str(error).split())} Now: --gpu_memory_utilization "
                  f"{args.gpu_memory_utilization}; shorter prompts and a shorter --max_new_tokens need less")
 
 
@@ -797,8 +797,8 @@ def help_text(Args, script, toy):
     about, *doc = sys.modules[Args.__module__].__doc__.splitlines()
     examples = [line for line in doc if line.startswith(("    python ", "    torchrun "))]
     width = shutil.get_terminal_size().columns
-    toy = textwrap.fill("Without --model: " + ", ".join(f"{key} {value}" for key, value in toy.items() if key != "model"),
-                        width)
+    toy = ", ".join(f"{key} {value}" for key, value in toy.items() if key != "model")
+    toy = textwrap.fill(f"Without --model: {toy}", width)
     lines = [about, "", *examples, "", toy,
              "Results: args.json, metrics.jsonl, samples.jsonl, checkpoints/ and final/ in --output_dir.", "",
              "  --flag                    default  meaning"]
