@@ -16,13 +16,13 @@ The idea. The policy gradient with advantages of generalised advantage estimatio
 so credit reaches back to earlier tokens. Without a critic, the group's advantage stands for every δ_t.
 Paper: GRPO-λ (arXiv 2510.00194, Parthasarathi, Reymond, Chen, Cui, Chandar). Not λ-GRPO: that is the lambda_grpo files.
 What differs from grpo.py: trace, trace_weights; in policy_loss the traced ratio or the weighted terms; advantages below
--0.1 are raised to it (paper). On-policy, and up to the sampler's importance weights, both variants have one gradient:
+-0.1 are raised to it (paper). On-policy, and up to the sampler's importance weights, the variants' gradients are equal:
 the first token counts |o_i| times (both), up to 1/(1-γλ) times (recent). Off-policy a traced ratio is clipped sooner.
 Deviations: we had others' accounts of the paper, not its text. ε-weight is our reading (the same double sum, in the
 other order); γ = 1 is ours; the KL term and the importance weights are not traced. Nothing is renormalised: gradients
 can be tens of times GRPO's, so --max_grad_norm does real work. λ = 0 with recent and no clamp is grpo.py, bit for bit.
 
-    python grpo_lambda_traces.py                                                   laptop: a tiny model, a minute
+    python grpo_lambda_traces.py     laptop: a tiny model, half a minute
     python grpo_lambda_traces.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
     torchrun --nproc_per_node=8 grpo_lambda_traces.py --model Qwen/Qwen2.5-7B      eight GPUs
 """
@@ -88,7 +88,7 @@ class Args:
     max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped, and counted")
     max_new_tokens: int = HfArg(default=2048, help="longest completion, in tokens (L_max)")
     temperature: float = HfArg(default=1.0, help="sampling temperature; the trainer's log-probabilities use it too")
-    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="hf: transformers; auto: vllm if CUDA has it")
+    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="hf: transformers; auto: vllm on CUDA if there")
     gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU when it samples, with its weights")
     enforce_eager: bool = HfArg(default=False, help="vLLM without CUDA graphs: starts sooner, samples more slowly")
     # Optimisation
@@ -214,7 +214,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """A step by this rank's prompts [P][ids], completions [P·G], rewards [P, G]; metrics of all. λ: variants differ."""
+    """A step on this rank's prompts [P][ids], completions [P·G], rewards [P, G] -> metrics of all ranks. λ: differs."""
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
@@ -230,11 +230,11 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
     plan, totals = micro_batches([len(ids) for ids in sequences], args.micro_batch_tokens, device), Counter()
     for update in range(args.updates_per_batch):
-        sums = Counter()  # over this rank's tokens, update() adds; named after the means that they become at the end
+        sums = Counter()  # over this rank's tokens (Counter.update adds), named after the means that they become
         for rows in plan:
-            part = rows, slice(max(len(completions[row].ids) for row in rows))  # index of B rows, to their longest
+            part = rows, slice(max(len(completions[row].ids) for row in rows))  # x[part]: B rows, to their longest
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
-            logp, entropy = policy(input_ids, starts[rows], mask[part])  # [B, T], [B, T]
+            logp, entropy = policy(input_ids, starts[rows], mask[part])  # [B, T], [B, T] (without gradient)
             if update == 0:
                 old_logp[part] = logp.detach()
                 with torch.no_grad():
@@ -261,7 +261,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         optimizer.zero_grad()  # here, not before: the sampler can use that memory
         totals.update({**sums, "grad_norm": norm})
 
-    equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; sums over groups, then means over all P:
+    equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": equal.sum(), "length": lengths.sum() / group_size}
     sums["truncated"] = sum(completion.finish == "length" for completion in completions) / group_size
     sums["advantage_clamped"] = clamped.sum() / group_size  # λ:
@@ -304,14 +304,14 @@ def main():
     bar = tqdm(range(done + 1, args.steps + 1), SCRIPT, initial=done, total=args.steps, disable=RANK > 0 or None)
 
     with Grader() as grader:
-        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # if a kill came before it
+        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # on resume: if a kill lost it
         for step in bar:
             clock, timeouts = Seconds(bar), grader.timeouts
             clock.start("sampling")
             place = (step - 1) * args.prompts_per_step + RANK * share  # of this rank's first prompt
             chosen = [data[i] for i in order[place : place + share]]
             prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_000_007 + place
-            completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], however many ranks
+            completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
             sampler.sleep()
 
             clock.start("grading")
@@ -468,7 +468,7 @@ class Policy(torch.nn.Module):
         self.model, self.temperature = model, temperature
 
     def forward(self, input_ids, starts, mask):
-        """input_ids [B, S], completions from starts [B] on, mask [B, T] -> log-probabilities and entropies [B, T]."""
+        """input_ids [B, S], completions from starts [B], mask [B, T] -> log-probabilities, entropies (no gradient)."""
         hidden = self.model.base_model(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, S - 1, H]
         rows, steps = mask.nonzero(as_tuple=True)  # [N], [N]: an entry for each completion token
         positions = starts[rows] + steps  # a token is predicted from the position before it

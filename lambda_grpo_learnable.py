@@ -11,13 +11,13 @@ The idea. In this frame GRPO, DAPO and Dr. GRPO differ in the factor f(o_i): so 
 is DAPO; λ > 0 prefers long completions, λ < 0 short ones. On-policy, λ rises when (roughly) the longer ones win.
 Paper: λ-GRPO (arXiv 2510.06870, Wang, Zhao, Zhao, Guan, Penn, Liu). It is neither GRPO-λ (grpo_lambda_traces.py) nor
 the λ-GRPO of lambda_grpo_prm.py.
-What differs from grpo.py: length_preference; in the step f times the advantage, and λ's exact gradient, from the sum
-over each whole completion in all micro-batches and on all ranks, and λ's own gradient step. λ is a buffer of the
-policy: every checkpoint has it, AdamW and the gradient clip do not touch it. --loss is gone: f replaces it.
+What differs from grpo.py: length_preference; the step multiplies the advantage by f, gets λ's exact gradient, summed
+over whole completions, micro-batches and ranks, and moves λ along it. λ is a buffer of the policy: every checkpoint has
+it, AdamW and the gradient clip do not touch it. --loss is gone: f replaces it.
 Deviations: the scale 1/9, λ = 0 at first and SGD with 0.1 come to us from third parties; that σ is the population's,
 and that the KL term is weighted without f, is our reading.
 
-    python lambda_grpo_learnable.py                                                   laptop: a tiny model, a minute
+    python lambda_grpo_learnable.py     laptop: a tiny model, half a minute
     python lambda_grpo_learnable.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16   one GPU
     torchrun --nproc_per_node=8 lambda_grpo_learnable.py --model Qwen/Qwen2.5-7B      eight GPUs
 """
@@ -80,7 +80,7 @@ class Args:
     max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped, and counted")
     max_new_tokens: int = HfArg(default=2048, help="longest completion, in tokens (L_max)")
     temperature: float = HfArg(default=1.0, help="sampling temperature; the trainer's log-probabilities use it too")
-    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="hf: transformers; auto: vllm if CUDA has it")
+    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="hf: transformers; auto: vllm on CUDA if there")
     gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU when it samples, with its weights")
     enforce_eager: bool = HfArg(default=False, help="vLLM without CUDA graphs: starts sooner, samples more slowly")
     # Optimisation
@@ -180,7 +180,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """A step by this rank's prompts [P][ids], completions [P·G], rewards [P, G]; metrics of all. λ: variants differ."""
+    """A step on this rank's prompts [P][ids], completions [P·G], rewards [P, G] -> metrics of all ranks. λ: differs."""
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
@@ -194,15 +194,15 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
     plan, totals = micro_batches([len(ids) for ids in sequences], args.micro_batch_tokens, device), Counter()
     for update in range(args.updates_per_batch):
-        sums = Counter()  # over this rank's tokens, update() adds; named after the means that they become at the end
+        sums = Counter()  # over this rank's tokens (Counter.update adds), named after the means that they become
         lam = policy.lam.clone().requires_grad_()  # λ:
         f = length_preference(lengths, lam, args.length_scale)  # λ: [P, G], with its graph to lam
         # λ: The micro-batches add d loss / d f up in f_leaf.grad; the step from f to lam is differentiated once, below
         f_leaf = f.detach().flatten().requires_grad_()  # λ: [P·G]
         for rows in plan:
-            part = rows, slice(max(len(completions[row].ids) for row in rows))  # index of B rows, to their longest
+            part = rows, slice(max(len(completions[row].ids) for row in rows))  # x[part]: B rows, to their longest
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
-            logp, entropy = policy(input_ids, starts[rows], mask[part])  # [B, T], [B, T]
+            logp, entropy = policy(input_ids, starts[rows], mask[part])  # [B, T], [B, T] (without gradient)
             if update == 0:
                 old_logp[part] = logp.detach()
                 with torch.no_grad():
@@ -232,11 +232,11 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         policy.lam -= args.lam_lr * lam_grad  # λ: a step of SGD; neither AdamW nor the gradient clip comes near
         totals.update({**sums, "grad_norm": norm})
 
-    equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; sums over groups, then means over all P:
+    equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": equal.sum(), "length": lengths.sum() / group_size}
     sums["truncated"] = sum(completion.finish == "length" for completion in completions) / group_size
     metrics = {name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()}
-    bounds = torch.stack([-f.detach().min(), f.detach().max()])  # λ:
+    bounds = torch.stack([-f.detach().min(), f.detach().max()])  # λ: -min, so that MAX serves both
     dist.all_reduce(bounds, dist.ReduceOp.MAX)  # λ:
     metrics |= {"lam": policy.lam.item(), "lam_grad": lam_grad.item()}  # λ:
     metrics |= {"f_min": -bounds[0].item(), "f_max": bounds[1].item()}  # λ:
@@ -279,14 +279,14 @@ def main():
     bar = tqdm(range(done + 1, args.steps + 1), SCRIPT, initial=done, total=args.steps, disable=RANK > 0 or None)
 
     with Grader() as grader:
-        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # if a kill came before it
+        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # on resume: if a kill lost it
         for step in bar:
             clock, timeouts = Seconds(bar), grader.timeouts
             clock.start("sampling")
             place = (step - 1) * args.prompts_per_step + RANK * share  # of this rank's first prompt
             chosen = [data[i] for i in order[place : place + share]]
             prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_000_007 + place
-            completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], however many ranks
+            completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
             sampler.sleep()
 
             clock.start("grading")
@@ -443,7 +443,7 @@ class Policy(torch.nn.Module):
         self.model, self.temperature = model, temperature
 
     def forward(self, input_ids, starts, mask):
-        """input_ids [B, S], completions from starts [B] on, mask [B, T] -> log-probabilities and entropies [B, T]."""
+        """input_ids [B, S], completions from starts [B], mask [B, T] -> log-probabilities, entropies (no gradient)."""
         hidden = self.model.base_model(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, S - 1, H]
         rows, steps = mask.nonzero(as_tuple=True)  # [N], [N]: an entry for each completion token
         positions = starts[rows] + steps  # a token is predicted from the position before it

@@ -1,7 +1,7 @@
 """The four scripts and their variations against each other: equal steps, prompts and seeds on four small tasks.
 
     python tests/compare.py                 everything: some 100 minutes on two idle cores; a second start goes on
-    python tests/compare.py --draw          tables and picture again, from the runs that are there
+    python tests/compare.py --draw --picture tests/compare.png             tables and picture again, from these runs
     python tests/compare.py --draw runs/a runs/b --picture ab.png          the curves of any runs together
     python tests/compare.py --methods "gspo.py --updates_per_batch 3" --tasks far --output runs/gspo       a paper's patch
 
@@ -45,6 +45,7 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -272,8 +273,11 @@ def best_rate(args, task, method):
 
 
 def check_settings(args):
-    """Keep runs of other lengths out of a folder: they would be taken for finished ones."""
+    """Keep runs of other lengths, or of a script before it changed, out of a folder: they count as finished ones."""
     settings = {"steps": args.steps, "model_steps": args.model_steps}
+    for name in sorted({method.partition(".py")[0] for method in args.methods or ()}):
+        path = HERE / "papers" / f"{name}.diff" if name in PAPERS else HERE.parent / f"{name}.py"
+        settings[name] = zlib.crc32(path.read_bytes())
     path = args.output / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         fail(f"--output {args.output} holds runs with {path.read_text()}: give the same, or choose another folder")
@@ -505,7 +509,7 @@ def parse_args():
     parser.error = fail
     for flag, kind, default, text in (
         ("--output", Path, HERE.parent / "runs" / "compare", "folder of the runs (default: runs/compare)"),
-        ("--picture", Path, HERE / "compare.png", "PNG to write (default: tests/compare.png)"),
+        ("--picture", Path, None, "PNG to write (default: compare.png in --output)"),
         ("--seeds", int, 20, "runs at the best rate (default: 20)"),
         ("--sweep_seeds", int, 2, "runs at each rate of the sweep (default: 2); 0: no sweep, with a single rate"),
         ("--steps", int, None, "steps of each run (default: 15 on toy, 24 on chain and far, 60 on tree)"),
@@ -521,6 +525,7 @@ def parse_args():
     parser.add_argument("--draw", nargs="*", metavar="RUN", help="train nothing: tables and picture from --output; with "
                         "folders of runs, whatever they are: their curves together, into --picture")
     args = parser.parse_args()
+    args.picture = args.picture or args.output / "compare.png"
     for run in args.draw or ():
         if not (Path(run) / "metrics.jsonl").exists():
             fail(f"--draw {run}: there is no metrics.jsonl in it")
@@ -535,7 +540,7 @@ def parse_args():
         fail("--sweep_seeds 0 leaves no sweep to choose a rate: give a single one in --rates")
     for method in args.methods or ():
         name, is_script, _ = method.partition(".py")
-        known = is_script and (name in PAPERS or (HERE.parent / f"{name}.py").exists()) and name != "eval"
+        known = is_script and (name in PAPERS or (HERE.parent / f"{name}.py").exists()) and name.isidentifier()
         if not known or method == "grpo.py":
             fail(f"--methods {method!r}: a script beside grpo.py, or one of {', '.join(PAPERS)} and .py; with flags in "
                  "the same quotation marks, such as 'gspo.py --updates_per_batch 3'")
@@ -546,6 +551,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.draw:
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
         draw_curves(args.draw, args.picture)
         return print(f"the picture is {args.picture}")
     if args.draw is None:

@@ -2,7 +2,7 @@
 
     python tests/pretrained.py --model FOLDER                        the four runs, two at a time with a thread each
     python tests/pretrained.py --model FOLDER --convert FILE.gguf    makes FOLDER from a GGUF file first
-    python tests/pretrained.py --model FOLDER --draw                 table and picture again, from the runs there are
+    python tests/pretrained.py --model FOLDER --draw --picture tests/pretrained.png     both again, from these runs
 
 The problems are "What is 7 * 8?", factors 2 to 12, with the system prompt "Answer in one short sentence."; the reward
 is 1 where the last number of the text is the product. Half of the pairs of factors are trained on in neither order. On
@@ -229,7 +229,7 @@ def parse_args():
     for flag, kind, default, text in (
         ("--convert", Path, None, "GGUF file to make that folder from, if it is not there"),
         ("--output", Path, HERE.parent / "runs" / "pretrained", "folder of the runs (default: runs/pretrained)"),
-        ("--picture", Path, HERE / "pretrained.png", "PNG to write (default: tests/pretrained.png)"),
+        ("--picture", Path, None, "PNG to write (default: pretrained.png in --output)"),
         ("--jobs", int, 2, "runs at a time (default: 2)"),
         ("--samples", int, 4, "completions of each held-out problem (default: 4)"),
     ):
@@ -238,7 +238,9 @@ def parse_args():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"of the runs (default: {default})")
     parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from --output")
     parser.add_argument("--only", choices=["start", *SCRIPTS], help="only this one, in this process; no table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.picture = args.picture or args.output / "pretrained.png"
+    return args
 
 
 def check_settings(args):

@@ -104,6 +104,25 @@ def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     assert stopped.value.code == 2 and said.startswith("error: --output") and said.count("\n") == 1
 
 
+def test_a_script_of_ones_own(tmp_path, monkeypatch, capsys):
+    """It is known when it lies beside grpo.py; runs that it made before it was changed are not taken for its own."""
+    monkeypatch.setattr(compare, "HERE", tmp_path / "tests")
+    script = tmp_path / "mine.py"
+
+    def parse(method):
+        monkeypatch.setattr("sys.argv", ["compare.py", "--methods", method, "--output", str(tmp_path / "runs")])
+        return compare.parse_args()
+
+    script.write_text("1")
+    assert parse("mine.py --lr 1").picture == tmp_path / "runs" / "compare.png"
+    parse("mine.py --lr 1")
+    script.write_text("2")
+    for method, message in [("mine.py --lr 1", "holds runs"), ("yours.py", "beside grpo.py"), ("./mine.py", "beside grpo.py")]:
+        with pytest.raises(SystemExit):
+            parse(method)
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_a_papers_patch_beside_grpo(tmp_path, capsys):
     start(tmp_path, "--tasks", "toy", "--methods", "gspo.py --clip_high 0.1", "lambda_grpo_prm.py")

@@ -38,9 +38,11 @@ def first_difference(base, other, own_reward=False):
     matcher = difflib.SequenceMatcher(None, [line for _, line in left], [line for _, line in right], autojunk=False)
     for tag, start, end, other_start, other_end in matcher.get_opcodes():
         if tag != "equal":
-            gone = [f"grpo.py:{number} {line.strip()!r} is not in the other" for number, line in left[start:end]]
-            new = [f"line {number} {line.strip()!r} is not in grpo.py" for number, line in right[other_start:other_end]]
-            return "; ".join([*new, *gone]) + ": a line that belongs to the method needs the mark `# λ:`"
+            new = [f"line {number} {line.strip()!r} is not in grpo.py and has no mark `# λ:`"
+                   for number, line in right[other_start:other_end]]
+            gone = [f"grpo.py:{number} {line.strip()!r} is gone; it has no mark, so let it stay, and a marked line behind "
+                    "it undo what it does" for number, line in left[start:end]]
+            return "; ".join([*new, *gone])
     return None
 
 
