@@ -261,19 +261,19 @@ def context_of(model):
 
 
 def load_prompts(name, split, tokenizer, args):
-    """Problems with their token ids as "prompt", and how many were skipped: without a token, or too long.
+    """Problems with their token ids as "prompt_ids", and how many were skipped: without a token, or too long.
 
     A prompt may have args.max_prompt_tokens, and args.model must have room for it and args.max_new_tokens more.
     """
     problems = load_problems(name, split)
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
-        row["prompt"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
-    lengths = [len(row["prompt"]) for row in problems]
-    kept = [row for row in problems if 0 < len(row["prompt"]) <= args.max_prompt_tokens]
+        row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
+    lengths = [len(row["prompt_ids"]) for row in problems]
+    kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     empty, skipped = lengths.count(0), len(problems) - len(kept)
     why = f": {empty} without a token, {skipped - empty} longer than --max_prompt_tokens {args.max_prompt_tokens}"
     check(kept, f"{name}: no prompt is left{why}")
-    context, longest = context_of(args.model), max(len(row["prompt"]) for row in kept)
+    context, longest = context_of(args.model), max(len(row["prompt_ids"]) for row in kept)
     check(longest + args.max_new_tokens <= context,
           f"{args.model} sees {context} tokens at once: the longest prompt has {longest}, so --max_new_tokens can be "
           f"{context - longest} at most, or --max_prompt_tokens has to be lower")

@@ -29,6 +29,7 @@ import shutil
 import signal
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -293,7 +294,7 @@ def main():
             clock.start("sampling")
             place = (step - 1) * args.prompts_per_step + RANK * share  # of this rank's first prompt
             chosen = [data[i] for i in order[place : place + share]]
-            prompts, seed = [row["prompt"] for row in chosen], args.seed * 1_000_000_007 + place
+            prompts, seed = [row["prompt_ids"] for row in chosen], args.seed * 1_000_000_007 + place
             completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
             sampler.sleep()
 
@@ -480,12 +481,11 @@ def load_policy(args, device, trainable=True):
         fits = torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-3)
     check(fits, "this model changes its logits after the head (caps or scales them); Policy would train another one")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if device.type == "cuda" and trainable:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers:
-            layer.training = True  # of the layer alone: checkpointing asks for it, the dropout inside stays off
-    for layer in layers if args.compile else []:  # its forward alone: checkpointing and FSDP stay outside
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+    for layer in layers:
+        if args.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if device.type == "cuda" and trainable:  # its activations are computed again in the backward pass
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
     mesh = init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
     mesh = mesh["shard"] if WORLD == local else mesh  # FSDP would keep all gradients twice, for replicas not there
@@ -547,8 +547,8 @@ def save_checkpoint(policy, optimizer, run, step):
         dcp.save(state_of(policy, optimizer), checkpoint_id=aside)  # every rank its shards
     except dcp.CheckpointException as error:  # all ranks get it, whichever of them could not write
         reason, free = next(iter(error.failures.values()))[0], shutil.disk_usage(run).free / 1e9
-        fail(f"checkpoint step_{step} was not written ({free:.2f} GB free; {reason}); the one before is whole: make "
-             f"room, then --resume {run}", 1)
+        fail(f"checkpoint step_{step} was not written ({free:.2f} GB free; {reason}); what was saved before is whole: "
+             f"make room, then --resume {run}", 1)
     if RANK == 0:
         aside.rename(aside.with_suffix(""))
         for old in checkpoints(run)[:-2]:

@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,6 +38,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 
@@ -94,15 +96,15 @@ def arithmetic(config, shards, tokens):
     }
 
 
-def wrap(model, mesh, precision, trainable=True, args=grpo.Args()):
+def wrap(model, mesh, precision, trainable=True, checkpointing=True, args=grpo.Args()):
     """load_policy of a model that is there already, as on a GPU: checkpointing, sharding, fp32 weights."""
     policy = grpo.Policy(model.eval(), 1.0)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
-        layer.training = True
-    for layer in layers if args.compile else []:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        if args.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     for module in [*layers, policy]:
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
     return policy.float()

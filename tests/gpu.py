@@ -75,10 +75,8 @@ class Here:
         torch.manual_seed(0)
         with torch.device(self.device):
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
-        policy = fits.wrap(model, self.mesh, PRECISIONS[precision], args=grpo.Args(compile=compile))
-        if not checkpointing:
-            model.gradient_checkpointing_disable()
-        return policy
+        how = {"checkpointing": checkpointing, "args": grpo.Args(compile=compile)}
+        return fits.wrap(model, self.mesh, PRECISIONS[precision], **how)
 
     def batch(self, rows, prompt, completion):
         """Random input_ids [B, S], starts [B], mask [B, T] of completions that are shorter from row to row."""

@@ -649,7 +649,7 @@ def test_prompts_of_a_run(tmp_path, capsys):
     args = argparse.Namespace(model=str(TINY), system_prompt="Be brief.", max_prompt_tokens=90, max_new_tokens=8)
     tokenizer = make_tokenizer(None)
     (row,), skipped = ev.load_prompts(str(path), "train", tokenizer, args)
-    assert tokenizer.decode(row["prompt"]).startswith("<bos>Be brief.\n\nQuestion:\n1+1?") and skipped == 1
+    assert tokenizer.decode(row["prompt_ids"]).startswith("<bos>Be brief.\n\nQuestion:\n1+1?") and skipped == 1
     assert "1 prompts, 1 skipped: 0 without a token, 1 longer than --max_prompt_tokens 90" in capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 """Policy: log-probabilities in chunks against the model's own logits, on several architectures."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from conftest import SCRIPTS, TINY
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 SMALL = dict(vocab_size=301, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -141,6 +143,28 @@ def test_loaded_sharded_and_saved_again(name, dtype, tmp_path, alone):
     assert all(torch.equal(tensor, there[key]) for key, tensor in again.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_layers_that_are_computed_again(name, alone):
+    """Gradient checkpointing as on a GPU: the same gradients, and no dropout (OPT's layers have it in their forward)."""
+    import fits
+
+    results = []
+    for checkpointing in (False, True, True):
+        config = transformers.OPTConfig(vocab_size=301, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                                        word_embed_proj_dim=48, dropout=0.5) if name == "opt" else None
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config) if config else make(name)
+        mesh = fits.mesh_of("cpu", 1)
+        policy = fits.wrap(model, mesh, fits.MixedPrecisionPolicy(), checkpointing=checkpointing)
+        input_ids, starts, mask, weights = batch()
+        logp, _ = policy(input_ids, starts, mask)
+        (logp * weights).sum().backward()
+        results.append([logp.detach(), *(parameter.grad.full_tensor() for parameter in policy.parameters())])
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.long  # inductor's kernels take a minute, for the second all but the kernels: it has two kinds of layer
 @pytest.mark.parametrize("name, backend", [("qwen2", "inductor"), ("gemma3", "aot_eager")])
 def test_compiled_layers_are_the_same(name, backend, tmp_path, monkeypatch, alone):
@@ -154,11 +178,8 @@ def test_compiled_layers_are_the_same(name, backend, tmp_path, monkeypatch, alon
     counters.clear()
     args = [grpo.Args(model=str(tmp_path), compile=way) for way in (False, True)]
     policies = [grpo.load_policy(own, torch.device("cpu")) for own in args]
-    for policy in policies:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in policy.model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True
+    for layer in [layer for policy in policies for layer in policy.modules() if isinstance(layer, GradientCheckpointingLayer)]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # as on a GPU
     graphs = []
     for rows, length in [(3, 40), (1, 33), (5, 64), (1, 80), (2, 100), (7, 17), (9, 61)]:
         batch = torch.randint(301, (rows, length)), torch.full((rows,), 7), torch.ones(rows, length - 7).bool()

@@ -177,7 +177,7 @@ def preference_by_hand(lengths, lam, r):
     mean = sum(lengths) / len(lengths)
     sigma = math.sqrt(sum((n - mean) ** 2 for n in lengths) / len(lengths))
     h = [1 + r * (n - mean) / sigma if sigma else 1.0 for n in lengths]
-    exponents = [max(x, 1e-6) ** lam for x in h]
+    exponents = [max(x, 1e-3) ** lam for x in h]
     powers = [math.exp(x - max(exponents)) for x in exponents]
     return [len(lengths) * p / sum(powers) for p in powers]
 
