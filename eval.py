@@ -44,9 +44,9 @@ import threading
 import time
 import traceback
 import typing
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,11 +82,13 @@ def say(text):
 
 
 def fail(message, code=2):
-    """End the program: one line on rank 0's stderr, exit code 2 for bad input."""
+    """End the program: one line on stderr, of a node's first rank if all fail; exit code 2 for bad input."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # or the message would stand behind it, on its line
-    if RANK == 0:
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    if int(os.environ.get("LOCAL_RANK", 0)):  # if the first rank failed too, torchrun ends this one before it speaks
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    print("error: " + f"rank {RANK}: " * (RANK > 0) + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -567,6 +569,7 @@ def finished(path, problems, n, size):
             for key, value in problem.items():
                 if (found := json.loads(line).get(key)) != value:
                     fail(f"{path} was made with {key} {found!r}, not {value!r}: choose another --out")
+        check(len(lines) <= len(mine) * n, f"{path} has the rows of more problems: choose another --out")
         if len(lines) < len(mine) * n:
             lines = lines[: len(lines) // (size * n) * size * n]
         os.truncate(path, sum(map(len, lines)))
@@ -824,6 +827,7 @@ def read_flags(Args, script, toy):
     given = parser.parse_args()
     folder = given.resume or given.output_dir
     done = checkpoints(folder) if folder else []
+    over = not given.resume and folder and Path(folder, "final").exists()  # if only its checkpoints were removed
     if given.resume:
         check(done, f"--resume {given.resume}: no checkpoint there (one comes every --save_every steps): start anew")
         saved = json.loads(Path(given.resume, "args.json").read_text())
@@ -834,7 +838,8 @@ def read_flags(Args, script, toy):
     elif given.model is None:
         parser.set_defaults(**toy)
     args = Args(**vars(parser.parse_args()))
-    check(given.resume or not done, f"--output_dir {args.output_dir} holds a run: choose another, or --resume it")
+    check(given.resume or not done and not over,
+          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it")
     check(not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}")
     return args
 
@@ -851,11 +856,20 @@ def open_run(args, script, done, columns):
     """
     from torch.distributed import broadcast_object_list
 
-    name = [args.resume or args.output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    name = [args.resume or args.output_dir]
+    try:
+        while RANK == 0 and not name[0]:
+            with contextlib.suppress(FileExistsError):  # another run began in this second
+                run = Path(f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+                run.mkdir(parents=True)
+                name = [str(run)]
+        if RANK == 0:
+            Path(name[0], "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"a run's folder cannot be made: {error}; choose another --output_dir")
     broadcast_object_list(name)  # the clocks of the ranks may differ
     run = Path(name[0])
     if RANK == 0:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
             shutil.rmtree(part)
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
@@ -879,6 +893,13 @@ def say_start(script, args, policy, sampler, device):
     """Who trains what on what: a line with what it takes, and on a CPU, if it is much, how long a step may be."""
     import torch
 
+    own = policy.model.generation_config
+    try:  # save_final would be the first to complain
+        own.validate(strict=True)
+    except ValueError as error:
+        own.do_sample = True  # a temperature or top_p without sampling is what many have
+        say(f"generation_config.json is not valid ({str(error).splitlines()[0]}): final/ has it with do_sample")
+        own.validate(strict=True)
     size = sum(parameter.numel() for parameter in policy.parameters())
     states = 16e-9 * size / int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # GB: a node's ranks share them
     say(f"{script}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
@@ -920,6 +941,8 @@ def write_whole(path, text):
 
 def say_end(run):
     """Where the model and the metrics are; with matplotlib also their curves."""
+    for file in (run / "final").glob("*.safetensors") if RANK == 0 else []:
+        file.chmod((run / "args.json").stat().st_mode)  # safetensors would let nobody else read them
     say(f"the model is in {run / 'final'}, metrics.jsonl and samples.jsonl beside it")
     if RANK == 0 and find_spec("matplotlib"):
         draw_curves([run], run / "curves.png")
@@ -1061,6 +1084,8 @@ def grade_file(args):
     with Grader() as grader:
         verdicts = grader.judge_all([(row["completion"], row["answer"]) for row in rows])
     rows = [{"index": row.get("problem", i), **row, **verdict} for i, (row, verdict) in enumerate(zip(rows, verdicts))]
+    least = min(Counter(row["index"] for row in rows).values())
+    check(max(args.k or [1]) <= least, f"every k must be from 1 to {least}, the completions of a problem in {args.grade}")
     if args.out:
         os.makedirs(args.out, exist_ok=True)
         with open(os.path.join(args.out, "graded.jsonl"), "w") as file:
@@ -1085,7 +1110,7 @@ def evaluate_models(args):
         if len(kept) < len(rows):
             say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: their prompts have no token")
         benchmarks[name] = [{"problem": row["problem"], "answer": row["answer"], **settings} for row in kept]
-    files, room, missing = {}, {}, {}
+    files, owners, asked, room, missing = {}, {}, {}, {}, {}
     for model, tokenizer in tokenizers.items():
         prompts = (row["problem"] for rows in benchmarks.values() for row in rows)
         longest = max(len(encode_prompt(tokenizer, problem, args.system_prompt)) for problem in prompts)
@@ -1095,10 +1120,14 @@ def evaluate_models(args):
         for name, rows in benchmarks.items():  # a file for each rank
             parts = [re.sub(r"[^\w.-]+", "_", part.strip("./").removesuffix(".jsonl")) for part in (model, name)]
             rank = f".{RANK}.jsonl" if WORLD > 1 else ".jsonl"
-            files[model, name] = os.path.join(args.out, *parts) + rank if args.out else None
+            files[model, name] = path = os.path.join(args.out, *parts) + rank if args.out else None
+            asked[model, name] = [{**row, "weights_written": written(model)} for row in rows]
             if args.out:
-                os.makedirs(os.path.dirname(files[model, name]), exist_ok=True)
-            mine, records = finished(files[model, name], rows, args.n, max(1, args.batch_size // args.n))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                owner = os.path.realpath(model), os.path.realpath(name)
+                check(owners.setdefault(path, owner) == owner, f"--out: {model} and another model, or {name} and another "
+                      f"benchmark, would share {path}: give them by their full paths")
+            mine, records = finished(path, asked[model, name], args.n, max(1, args.batch_size // args.n))
             missing[model] += len(mine) * args.n - len(records)
     device = join_ranks(7 * 24 * 60)  # minutes: ranks meet when all is done, however long that takes
     missing = sum_over_ranks(missing, device)
@@ -1111,11 +1140,17 @@ def evaluate_models(args):
             longest, args.max_new_tokens = room[args.model]
             start = vllm_sampler if vllm else hf_sampler
             sampler = start(args, tokenizer, device, longest + args.max_new_tokens) if missing[args.model] else None
-            for name, rows in benchmarks.items():
+            for name in benchmarks:
                 more = files[args.model, name], args.k, args.system_prompt
-                results[args.model, name] = evaluate(sampler, tokenizer, rows, grader, *how, *more)
+                results[args.model, name] = evaluate(sampler, tokenizer, asked[args.model, name], grader, *how, *more)
             del sampler  # before the next one is loaded
     return results
+
+
+def written(model):
+    """When the weights in a folder were written, so that --out does not take others under its name for them, or None."""
+    times = [file.stat().st_mtime for file in Path(model).glob("*.safetensors")]
+    return datetime.fromtimestamp(max(times)).isoformat() if times else None
 
 
 def one_by_one(args):

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -628,11 +629,13 @@ def test_encode_prompt():
 def test_what_a_run_needs_is_said_at_its_start(monkeypatch, capsys):
     """135 M parameters on two ranks of a node: 16 bytes each, shared; on a CPU how long a step may be, if it is long."""
     import torch
+    import transformers
 
     class Sampler:
         pass
 
     policy = torch.nn.Linear(135, 10**6, bias=False, device="meta")
+    policy.model = argparse.Namespace(generation_config=transformers.GenerationConfig())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for prompts, tokens, device, hours in ((128, 2048, "cpu", True), (128, 2048, "cuda", False), (1, 8, "cpu", False)):
         args = argparse.Namespace(model="some/model", prompts_per_step=prompts, group_size=8, max_new_tokens=tokens)
@@ -640,6 +643,73 @@ def test_what_a_run_needs_is_said_at_its_start(monkeypatch, capsys):
         said = capsys.readouterr().out
         assert "135.0M parameters" in said and "Sampler; weights, gradients, AdamW: 1.08 GB each" in said
         assert ("a step has up to 2,097,152 tokens" in said and " hours on this CPU" in said) == hours
+    policy.model.generation_config.temperature = 0.6  # without do_sample: transformers would not save it, at the very end
+    ev.say_start("grpo", args, policy, Sampler(), torch.device("cpu"))
+    assert "generation_config.json is not valid" in capsys.readouterr().out
+    policy.model.generation_config.validate(strict=True)
+
+
+def test_other_weights_or_problems_under_the_same_name(tmp_path, monkeypatch, capsys):
+    """What stands in --out is of the weights as they were; a shorter --limit, or two models with one file, are refused."""
+    for name in ("a/b", "a_b"):
+        shutil.copytree(TINY, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    few = ("--limit", "4", "--max_new_tokens", "4", "--out", "out", "--model")
+    assert run(*few, "a/b", cwd=tmp_path).returncode == 0
+    weights = tmp_path / "a/b/model.safetensors"
+
+    def refused(*arguments):
+        monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+        with pytest.raises(SystemExit):
+            ev.main()
+        return capsys.readouterr().err
+
+    assert "would share out/a_b/arithmetic.jsonl" in refused(*few, "a/b,a_b")
+    assert "choose another --out" in refused(*few, "a/b", "--limit", "3")
+    os.utime(weights, (0, 1.5))
+    assert "was made with weights_written" in refused(*few, "a/b")
+    path = write(tmp_path / "rows.jsonl", [{"index": i, "problem": f"{i}+1?"} for i in range(3)])
+    with pytest.raises(SystemExit):
+        ev.finished(path, [{"problem": "0+1?"}, {"problem": "1+1?"}], 1, 1)
+    assert "the rows of more problems" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    monkeypatch.chdir(tmp_path)
+    times = iter(["noon", "noon", "later"])
+    monkeypatch.setattr(ev.time, "strftime", lambda _: next(times))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    args = argparse.Namespace(resume=None, output_dir=None, wandb=None, steps=1)
+    try:
+        assert [str(ev.open_run(args, "grpo", 0, [])) for _ in range(2)] == ["runs/grpo-noon", "runs/grpo-later"]
+        (tmp_path / "file").write_text("")
+        args.output_dir = "file/run"
+        with pytest.raises(SystemExit):
+            ev.open_run(args, "grpo", 0, [])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_rank_that_fails_alone_is_heard(monkeypatch, capsys):
+    """After torchrun has had the time to end it, which it does if a node's first rank failed too, and spoke."""
+    waited, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ev, "RANK", 9)
+    monkeypatch.setattr(ev.time, "sleep", waited.append)
+    for local, seconds in (("1", [5]), ("0", [5])):  # the second does not wait
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(SystemExit):
+            ev.fail("no data here")
+        assert capsys.readouterr().err == "error: rank 9: no data here\n" and waited == seconds
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_k_of_graded_completions(tmp_path, capsys):
+    path = write(tmp_path / "two.jsonl", [{"problem": "1+1?", "completion": "\\boxed{2}", "answer": "2"}] * 2)
+    with pytest.raises(SystemExit):
+        ev.grade_file(argparse.Namespace(grade=path, out=None, k=[1, 3]))
+    assert "every k must be from 1 to 2" in capsys.readouterr().err
 
 
 def test_prompts_of_a_run(tmp_path, capsys):

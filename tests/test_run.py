@@ -52,6 +52,8 @@ def test_toy_run(name, toys):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
+    modes = {(run / name).stat().st_mode for name in ("args.json", "final/config.json", "final/model.safetensors")}
+    assert len(modes) == 1, "others can read all of it, or nothing"
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
     inputs = tokenizer("37+5+81+26?", return_tensors="pt")
     answer = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0]
@@ -70,6 +72,7 @@ def bad_inputs(tmp_path, script):
     good = '{"problem": "1+1?", "answer": "2"}\n'
     (tmp_path / "no_model").mkdir()
     (tmp_path / "no_weights").mkdir()
+    (tmp_path / "ended" / "final").mkdir(parents=True)
     for file in TINY.iterdir():
         if not file.name.endswith("safetensors"):
             shutil.copy(file, tmp_path / "no_weights")
@@ -112,6 +115,7 @@ def bad_inputs(tmp_path, script):
         "resume a finished run": (["--resume", str(tmp_path / "finished")], "--steps"),
         "resume and output_dir": (["--resume", str(tmp_path / "own"), "--output_dir", "x"], "leave --output_dir out"),
         "folder of another run": (["--output_dir", str(tmp_path / "own")], "holds a run"),
+        "folder of a run without its checkpoints": (["--output_dir", str(tmp_path / "ended")], "holds a run"),
         "wandb is not there": (["--wandb", "project"], "pip install wandb"),
     }
 

@@ -196,6 +196,16 @@ def test_length_preference_is_the_papers(group, lam, r):
     assert lam != 0 or (f - 1).abs().max() < 1e-15
 
 
+@pytest.mark.parametrize("lam", [-10.0, 10.0])
+def test_length_preference_stays_finite(lam):
+    """At the ends of what --lam_init allows, with an h at its lower bound: f, and its gradient."""
+    torch.set_default_dtype(torch.float32)
+    lam = torch.tensor(lam, requires_grad=True)
+    f = learnable.length_preference(torch.tensor([[1] + 7 * [30]]), lam, r=0.5)
+    f.square().sum().backward()
+    assert f.isfinite().all() and lam.grad.isfinite()
+
+
 def learnable_loss(preference, old, new, mask, rewards):
     """As the training step does it: f goes with the advantage."""
     weights = learnable.token_weights(mask, "dapo").flatten(0, 1)
