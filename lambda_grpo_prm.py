@@ -199,7 +199,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """A step on this rank's prompts [P][ids], completions [P·G], rewards [P, G] -> metrics of all ranks. λ: differs."""
+    """Step on this rank's prompts [P][ids], completions [P·G], rewards [P, G]: all ranks' metrics. λ: variants differ."""
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
@@ -452,7 +452,7 @@ class Policy(torch.nn.Module):
         self.model, self.temperature = model, temperature
 
     def forward(self, input_ids, starts, mask):
-        """input_ids [B, S], completions from starts [B], mask [B, T] -> log-probabilities, entropies (no gradient)."""
+        """input_ids [B, S], completions from starts [B], mask [B, T] -> logp [B, T], entropies [B, T] (no gradient)."""
         hidden = self.model.base_model(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, S - 1, H]
         rows, steps = mask.nonzero(as_tuple=True)  # [N], [N]: an entry for each completion token
         positions = starts[rows] + steps  # a token is predicted from the position before it
