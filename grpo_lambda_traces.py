@@ -215,7 +215,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """Step on this rank's prompts [P][ids], completions [P·G], rewards [P, G]: all ranks' metrics. λ: variants differ."""
+    """Step on a rank's prompts [P][ids], completions [P·G], rewards [P, G]: all ranks' metrics. λ: variants differ."""
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
     mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
