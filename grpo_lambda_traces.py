@@ -193,7 +193,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     "trace_weight" (of trace_weights)}. Example: two tokens of log-ratio 0.1, decay 1/2, recent: ratios e^0.1, e^0.15.
     """
     counted = weights > 0  # padding is left out, whatever stands there
-    log_ratio = torch.where(counted, logp - old_logp, 0.0)
+    log_ratio = torch.where(counted, logp - old_logp, 0.0).clamp(max=20)  # exp stays finite
     traced = trace(log_ratio, decay, style).clamp(max=20) if variant == "trace" else log_ratio  # exp stays finite
     ratio = torch.where(counted, traced, 0.0).exp()
     advantages = advantages[:, None]  # [B, 1]

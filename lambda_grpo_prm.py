@@ -181,7 +181,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     Example: log-ratio 0.5, advantage 1, weight 1 -> loss -1.2, clipped; with advantage -1 -> loss 1.65.
     """
     counted = weights > 0  # padding is left out, whatever stands there
-    log_ratio = torch.where(counted, logp - old_logp, 0.0)
+    log_ratio = torch.where(counted, logp - old_logp, 0.0).clamp(max=20)  # exp stays finite
     ratio = log_ratio.exp()
     advantages = advantages[:, None]  # [B, 1]
     unclipped = ratio * advantages

@@ -135,6 +135,17 @@ def test_loss_example():
         assert loss.item() == pytest.approx(expected) and stats["clip_fraction"] == clipped
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_that_would_overflow(script, advantage):
+    """e^100 is no float32: the loss and its gradient stay numbers, also where the clip stops the gradient."""
+    torch.set_default_dtype(torch.float32)
+    logp = torch.tensor([[100.0, 0.0]], requires_grad=True)
+    for more in ({}, {"variant": "weight"}) if "traces" in script.__name__ else ({},):
+        loss, _ = script.policy_loss(logp, torch.zeros(1, 2), torch.tensor([advantage]), torch.ones(1, 2), **more)
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
 def test_first_update_is_the_policy_gradient():
     """At π = π_old the gradient is -weight · advantage for every token, although the loss is about 0."""
     new, _, _, mask = batch(LENGTHS, seed=2)
