@@ -46,7 +46,7 @@ import traceback
 import typing
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -1150,7 +1150,7 @@ def evaluate_models(args):
 def written(model):
     """When the weights in a folder were written, so that --out does not take others under its name for them, or None."""
     times = [file.stat().st_mtime for file in Path(model).glob("*.safetensors")]
-    return datetime.fromtimestamp(max(times)).isoformat() if times else None
+    return datetime.fromtimestamp(max(times), UTC).isoformat() if times else None
 
 
 def one_by_one(args):
