@@ -147,6 +147,7 @@ def teach(folder, answer, steps, batch_size=32, lr=1e-3):
     rows = dict(doors(generator) for _ in range(4096))  # a dict drops repetitions
     lines = [json.dumps({"problem": problem, "answer": gold}) + "\n" for problem, gold in rows.items()]
     (part / "problems.jsonl").write_text("".join(lines))
+    torch.set_num_threads(1)  # more would round differently, and teach another model
     tokenizer = make_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(HERE / "tiny", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
@@ -273,7 +274,7 @@ def best_rate(args, task, method):
 
 
 def check_settings(args):
-    """Keep runs of other lengths, or of a script before it changed, out of a folder: they count as finished ones."""
+    """Keep runs of other lengths, or of a script in --methods before it changed, out of a folder of finished runs."""
     settings = {"steps": args.steps, "model_steps": args.model_steps}
     for name in sorted({method.partition(".py")[0] for method in args.methods or ()}):
         path = HERE / "papers" / f"{name}.diff" if name in PAPERS else HERE.parent / f"{name}.py"

@@ -5,6 +5,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import ROOT
 
 import compare
@@ -19,7 +20,9 @@ def start(folder, *flags):
     with pytest.MonkeyPatch.context() as patch:
         paths = [f"--output={folder}", f"--picture={folder}/curves.png"]
         patch.setattr("sys.argv", ["compare.py", *settings, *paths, *flags])
+        threads = torch.get_num_threads()
         compare.main()
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,17 @@ def rows_of(output, task, method):
     """The metrics of a run, read without compare.py; folders are named after the command without .py, spaces and =."""
     (path,) = output.glob(f"{task}/{method.replace('.py', '').replace(' --', '-').replace(' ', '-').replace('=-', '-')}/*/metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_command_teaches_the_same_model(tmp_path):
+    """Whatever the number of threads it starts with: the figures come from these models."""
+    before, models = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        compare.teach(tmp_path / str(threads), compare.TASKS["far"].answer, 5)
+        models.append((tmp_path / str(threads) / "model.safetensors").read_bytes())
+    torch.set_num_threads(before)
+    assert models[0] == models[1]
 
 
 def test_the_table_is_the_runs(output):
