@@ -741,7 +741,7 @@ def main():
             files[name] = Path(args.out, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
         saved = Path(args.out, "settings.json")
         before = json.loads(saved.read_text()) if saved.exists() else settings
-        check(before == settings, f"--out {args.out} was made with {before}, not with {settings}: choose another folder")
+        check(before == settings, f"--out {args.out} was made with {before}, not {settings}: choose another folder")
         saved.parent.mkdir(parents=True, exist_ok=True)
         saved.write_text(json.dumps(settings))
     import torch
@@ -754,7 +754,7 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-    say(", ".join(f"{name} {value}" for name, value in settings.items()) + f", {'vllm' if vllm else 'hf'}, {WORLD} ranks")
+    say(", ".join(f"{name} {value}" for name, value in {**settings, "ranks": WORLD}.items()))
     missing = [name for name, file in files.items() if not file or not file.exists()]
     sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device) if missing else None
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
@@ -769,9 +769,9 @@ def main():
                 aside = file.with_suffix(".part")
                 aside.write_text("".join(json.dumps(row) + "\n" for row in result["records"]))
                 aside.rename(file)  # a file of that name is whole
-            row = "{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
-            passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
-            say(f"{name:<24}  " + (row + "{grader_timeouts:>9}  ").format(**result) + passes)
+            row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}"
+                   "  {grader_timeouts:>9}  ").format(**result)
+            say(f"{name:<24}  {row}" + "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items()))
     if WORLD > 1 and not vllm:  # vLLM does it itself
         dist.destroy_process_group()
 

@@ -26,7 +26,6 @@ DAPO's dynamic sampling and overlong penalty are left out. The variants change s
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen2.5-7B                                  eight GPUs
 """
 
-import fcntl
 import json
 import math
 import os
@@ -34,12 +33,13 @@ import shutil
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -195,8 +195,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     sequences = [torch.tensor(prompts[row // group_size] + c.ids) for row, c in enumerate(completions)]  # [P·G][S]
     sampler_logp = pad_sequence([torch.tensor(c.logps) for c in completions], batch_first=True).to(device)  # [P·G, T]
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
-    # Without the KL term, a completion of advantage 0 has no gradient, so it takes no part
-    teaches = [args.beta > 0 or advantage != 0 for advantage in row_advantages.tolist()]
+    teaches = [args.beta > 0 or advantage != 0 for advantage in row_advantages.tolist()]  # the others have no gradient
     plan = micro_batches([len(ids) for ids in sequences], teaches, args.micro_batch_tokens, device)
     updates = []  # the statistics of each update
     while len(updates) < args.updates_per_batch:
@@ -296,8 +295,8 @@ def main():
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
             problems = [row for row in rows for _ in range(args.group_size)]
             rewards = rewards_of(texts, problems, grader)
-            finite = [reward is not None and math.isfinite(reward) for reward in rewards]
-            check(all(finite) and len(finite) == len(texts), "rewards_of must return one finite number per completion")
+            good = len(rewards) == len(texts) and all(value is not None and math.isfinite(value) for value in rewards)
+            check(good, "rewards_of must return one finite number per completion")
             rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
             phase("training")
             optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
@@ -330,10 +329,8 @@ def main():
 
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
 
-class Completion(NamedTuple):
-    ids: list  # token ids, the stop token included
-    finish: str  # "stop", or "length" when max_new_tokens cut it off
-    logps: list  # the sampler's own log-probability of each token
+# Token ids with the stop token; "stop", or "length" if cut off; the sampler's log-probability of each token
+Completion = namedtuple("Completion", "ids finish logps")
 
 
 class HFSampler:
@@ -451,9 +448,8 @@ class VLLMSampler:
 class Policy(torch.nn.Module):
     """A causal language model whose forward pass returns log-probabilities of given tokens, never the logits.
 
-    The head runs in checkpointed chunks of 512 tokens: [B, T, vocabulary] logits would be the largest tensor by far.
-    This module is the root of FSDP, so embeddings and head are gathered around its forward pass. No attention mask is
-    needed: the padding is on the right, where causal attention never sees it.
+    The head runs in checkpointed chunks of 512 tokens, because [B, T, vocabulary] logits would be the largest tensor.
+    No attention mask is needed: the padding is on the right, where causal attention never sees it.
     """
 
     def __init__(self, model, temperature):
@@ -514,11 +510,10 @@ def full_weights(policy, dtype):
 
 
 def micro_batches(lengths, teaches, budget, device):
-    """Sort the rows that teach by length and cut them into micro-batches [row, ...] of at most `budget` padded tokens.
+    """Sort the rows that teach by length; cut them into micro-batches [row, ...] of `budget` tokens, padding included.
 
-    A longer row is alone. A micro-batch also ends where its padding would pass a sixteenth of the budget. All ranks
-    need the same number of micro-batches, otherwise FSDP would deadlock. So all keep the same number of rows, where the
-    shortest of the others fill up, and a rank with too few micro-batches splits its largest.
+    Padding may take a sixteenth of the budget. All ranks need the same number of micro-batches, otherwise FSDP would
+    deadlock: all keep equally many rows (short idle ones fill up), and a rank with too few splits its largest.
     """
     count = torch.tensor(max(1, sum(teaches)), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
@@ -582,24 +577,23 @@ def parse_args():
     parser.set_defaults(**saved)
     args = Args(**vars(parser.parse_args()))
     if given.resume:
-        changed = {name for name, value in saved.items() if getattr(args, name) != value} - {"resume"}
+        changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
         past = changed & {"seed", "dataset", "prompts_per_step", "group_size", "system_prompt", "max_prompt_tokens"}
         check(not past, f"--resume: {', '.join(past)} cannot change within a run")
-        say(f"resumed with changes of: {', '.join(sorted(changed)) or 'nothing'}")
+        say(f"changed since the start of the run: {', '.join(changed) or 'nothing'}")
 
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):  # λ: (a variant's own may be negative)
             check(0 <= value < 2**32, f"--{name} must be from 0 to 2**32, not {value}")
-    for name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens"):
-        check(getattr(args, name) >= 1, f"--{name} must be at least 1")
-    for name in ("temperature", "max_grad_norm", "timeout_minutes", "gpu_memory_utilization"):
+    for name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens", "temperature", "max_grad_norm",
+                 "timeout_minutes", "gpu_memory_utilization"):
         check(getattr(args, name) > 0, f"--{name} must be above 0")
     check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions")
     check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
-    check(not args.output_dir or not Path(args.output_dir, "metrics.jsonl").exists(),
-          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it")
+    check(not args.output_dir or not Path(args.output_dir, "checkpoints").exists(),
+          f"--output_dir {args.output_dir} holds a run: choose another, remove it, or --resume it")
     check(not args.resume or int(checkpoints(args.resume)[-1].name[5:]) <= args.steps, "--resume: it is past --steps")
     return args
 
@@ -610,11 +604,7 @@ def open_run(args, done):
     dist.broadcast_object_list(name)  # the clocks of the ranks may differ
     run = Path(name[0])
     if RANK == 0:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        try:  # locked as long as this process lives
-            fcntl.flock(os.open(run / "metrics.jsonl", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another run is writing to {run}")
+        (run / "checkpoints").mkdir(parents=True, exist_ok=done > 0)  # the second of two new runs in it fails here
         for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
             shutil.rmtree(part)
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
@@ -622,9 +612,8 @@ def open_run(args, done):
                 file.seek(0)
                 rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
                 file.truncate(sum(map(len, rows)))
-        aside = run / "args.json.part"
-        aside.write_text(json.dumps({"script": SCRIPT, **vars(args), "resume": None}, indent=1))
-        aside.rename(run / "args.json")
+        if not args.resume:
+            (run / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
     return run
 
 
@@ -658,15 +647,11 @@ def weights_once(module):
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
-def state_of(policy, optimizer):
-    """What a checkpoint holds."""
-    return {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
-
-
 def save_checkpoint(policy, optimizer, run, step):
     """Write checkpoints/step_N: aside, then renamed, so that a folder of that name is whole. The last two are kept."""
     aside = run / "checkpoints" / f"step_{step}.part"
-    dcp.save(state_of(policy, optimizer), checkpoint_id=aside)  # every rank its shards
+    state = {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
+    dcp.save(state, checkpoint_id=aside)  # every rank its shards
     if RANK == 0:
         aside.rename(aside.with_suffix(""))
         for old in checkpoints(run)[:-2]:
@@ -675,7 +660,8 @@ def save_checkpoint(policy, optimizer, run, step):
 
 def load_checkpoint(policy, optimizer, run):
     """Restore the last whole checkpoint, whatever the number of ranks that saved it. Returns its step."""
-    newest, state = checkpoints(run)[-1], state_of(policy, optimizer)
+    newest = checkpoints(run)[-1]
+    state = {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
     dcp.load(state, checkpoint_id=newest)  # the weights in place
     states.set_optimizer_state_dict(policy, optimizer, state["optimizer"])
     return int(newest.name[5:])
