@@ -1,8 +1,8 @@
 """What the scripts cost, measured side by side in one run: one command, one table.
 
-    python tests/benchmark.py                       all parts
-    python tests/benchmark.py --only b,d --quick    some of them, small: to see that they run, not to quote
-    python tests/benchmark.py --only a --trl ENV/bin/python
+    python tests/measure/benchmark.py                       all parts
+    python tests/measure/benchmark.py --only b,d --quick    some of them, small: to see that they run, not to quote
+    python tests/measure/benchmark.py --only a --trl ENV/bin/python
                                                     against TRL; ENV: pip install -r requirements.txt trl==1.16.0
 
   a  a training step of grpo.py against TRL's GRPOTrainer, equal loss and gradient; a whole step by phase

@@ -1,9 +1,9 @@
 """The four scripts and their variations against each other: equal steps, prompts and seeds on four small tasks.
 
-    python tests/compare.py                 everything: some 100 minutes on two idle cores; a second start goes on
-    python tests/compare.py --draw --picture tests/compare.png             tables and picture again, from these runs
-    python tests/compare.py --draw runs/a runs/b --picture ab.png          the curves of any runs together
-    python tests/compare.py --methods "gspo.py --updates_per_batch 3" --tasks far --output runs/gspo       a paper's patch
+    python tests/measure/compare.py                 everything: some 100 minutes on two idle cores; a second start goes on
+    python tests/measure/compare.py --draw --picture tests/measure/compare.png             tables and picture again, from these runs
+    python tests/measure/compare.py --draw runs/a runs/b --picture ab.png          the curves of any runs together
+    python tests/measure/compare.py --methods "gspo.py --updates_per_batch 3" --tasks far --output runs/gspo       a paper's patch
 
 toy    what the scripts do without --model: long answers are right, because they show the steps of a sum.
 chain  the problem "48216?" names five doors, and the largest is the right one. An answer names a door with its first

@@ -1,8 +1,8 @@
 """A pretrained model learns to give a product in a sentence, by each of the four scripts: a table and a picture.
 
-    python tests/pretrained.py --model FOLDER                        the four runs, two at a time with a thread each
-    python tests/pretrained.py --model FOLDER --convert FILE.gguf    makes FOLDER from a GGUF file first
-    python tests/pretrained.py --model FOLDER --draw --picture tests/pretrained.png     both again, from these runs
+    python tests/measure/pretrained.py --model FOLDER                        the four runs, two at a time with a thread each
+    python tests/measure/pretrained.py --model FOLDER --convert FILE.gguf    makes FOLDER from a GGUF file first
+    python tests/measure/pretrained.py --model FOLDER --draw --picture tests/measure/pretrained.png     both again, from these runs
 
 The problems are "What is 7 * 8?", factors 2 to 12, with the system prompt "Answer in one short sentence."; the reward
 is 1 where the last number of the text is the product. Half of the pairs of factors are trained on in neither order. On

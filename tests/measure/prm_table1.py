@@ -1,6 +1,6 @@
 """Table 1 of "GRPO is secretly a process reward model" (arXiv 2509.21154): a toy tree, its best leaf among bad ones.
 
-    python tests/reproduce_prm_table1.py [--quick] [--seeds 5] [--steps 250] [--lr 1e-4] [--json FILE]
+    python tests/measure/prm_table1.py [--quick] [--seeds 5] [--steps 250] [--lr 1e-4] [--json FILE]
 
 Takes 2 to 3 minutes on one CPU core (--quick: 2 seconds after the imports).
 

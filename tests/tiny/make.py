@@ -1,6 +1,6 @@
 """Make the tiny model in tests/tiny/ again: 0.8 million parameters that know how to add, and mostly do not bother to.
 
-    python tests/make_tiny.py [--output tests/tiny] [--seed 0]
+    python tests/tiny/make.py [--output tests/tiny] [--seed 0]
 
 Takes about 8 minutes on two CPU cores. The model learns in two stages of supervised training, and only answers are trained:
 1. to add four numbers step by step:       37+5+81+26?  ->  37+5=42;42+81=123;123+26=149;\\boxed{149}<eos>
@@ -10,16 +10,17 @@ The sums of eval.py's test split are never shown to it.
 """
 
 import argparse
-import os
 import random
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import trange
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from eval import arithmetic  # noqa: E402
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from eval import load_problems  # noqa: E402
 
 BOX, EOS = "\\boxed{", "<eos>"
 
@@ -73,16 +74,15 @@ def train(model, tokenizer, steps, lr, guesses, generator, held_out, batch_size=
 
 
 def main():
-    here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=os.path.join(here, "tiny"), help="folder to write (default: tests/tiny)")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder to write (default: tests/tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs=2, default=(1600, 500), help="steps of the two stages")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     generator = random.Random(args.seed)
-    held_out = {row["problem"] for row in arithmetic("test")}
+    held_out = {row["problem"] for row in load_problems("arithmetic", "test")}
     tokenizer = make_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
