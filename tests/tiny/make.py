@@ -48,19 +48,24 @@ def demonstrate(terms, style, generator):
     return "".join(steps) + f"{BOX}{sum(terms)}}}"
 
 
-def train(model, tokenizer, steps, lr, guesses, generator, held_out, batch_size=96):
-    """Supervised training on fresh sums; `guesses` is the share of demonstrations that guess."""
+def sums(generator, guesses, held_out, batch_size=96):
+    """A batch of (problem, answer) pairs of fresh sums; `guesses` is the share of demonstrations that guess."""
+    pairs = []
+    while len(pairs) < batch_size:
+        terms = [generator.randint(1, 99) for _ in range(4)]
+        problem = "+".join(map(str, terms)) + "?"
+        if problem not in held_out:
+            pairs.append((problem, demonstrate(terms, "guess" if generator.random() < guesses else "steps", generator)))
+    return pairs
+
+
+def train(model, tokenizer, batch, steps, lr, title=None):
+    """Supervised training on batch(), a list of (problem, answer) pairs, of which only the answers are trained."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in (bar := trange(steps, mininterval=5)):
-        rows = []
-        while len(rows) < batch_size:
-            terms = [generator.randint(1, 99) for _ in range(4)]
-            problem = "+".join(map(str, terms)) + "?"
-            if problem not in held_out:
-                style = "guess" if generator.random() < guesses else "steps"
-                answer = tokenizer.encode(demonstrate(terms, style, generator)) + [tokenizer.eos_token_id]
-                rows.append((tokenizer.encode(problem), answer))
+    for _ in (bar := trange(steps, desc=title, mininterval=5)):
+        rows = [(tokenizer.encode(problem), tokenizer.encode(answer) + [tokenizer.eos_token_id])
+                for problem, answer in batch()]
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
         input_ids = torch.tensor([p + a + [0] * (width - len(p + a)) for p, a in rows])  # [B, S]
         labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p + a)) for p, a in rows])  # [B, S]
@@ -91,8 +96,8 @@ def main():
     )
     model = Qwen2ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, tokenizer, args.steps[0], 2e-3, 0.0, generator, held_out)
-    train(model, tokenizer, args.steps[1], 5e-4, 0.8, generator, held_out)
+    train(model, tokenizer, lambda: sums(generator, 0.0, held_out), args.steps[0], 2e-3)
+    train(model, tokenizer, lambda: sums(generator, 0.8, held_out), args.steps[1], 5e-4)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
