@@ -1,58 +1,46 @@
-"""Problems, prompts, grading, evaluation, and the files of a run: what the four training scripts share.
+"""Problems, prompts, grading and evaluation: the part that the four training scripts share.
 
     python eval.py --model tests/tiny                                      the tiny model on generated sums
-    python eval.py --model A,B --benchmarks math500,mine.jsonl --n 8       two models, and their difference
+    python eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
     torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
-    python eval.py --grade completions.jsonl                               no model: the columns completion and answer
+    python eval.py --compare runs/base runs/trained                        the difference of two finished evaluations
 
-torchrun needs the "--", else it takes --n for its own. Benchmarks are names (listed below), hub ids "owner/name", or
-.jsonl and .parquet files with a problem and an answer a row; where the hub cannot be reached give a file, or set
-HF_HOME to a cache. n = 1 is greedy; more are sampled with --temperature and --top_p. The answer is what stands in the
-last \\boxed{...}, or without a box what the last line says after "answer is", "Answer:" or "####". It is compared with
-the gold as text or number, else by math-verify, which has 3 seconds. The table has a row for each model and benchmark:
+torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list below, a hub id
+"owner/name", or a .jsonl or .parquet file with one problem and its answer per row. n = 1 is greedy; more completions
+are sampled with --temperature and --top_p. The table has one row per benchmark:
 
-    avg@n      accuracy: mean over problems of the share of right completions, ± its standard error over problems
-    length     mean tokens of a completion; truncated: share cut off at --max_new_tokens; no box: share without a box
-    time-outs  gradings stopped at the 3 seconds; they count as wrong
-    pass@k     chance that one of k completions is right, without bias from n: k = 1, 2, 4, ... up to n, or --k
+    avg@n      accuracy: the mean over problems of the share of right completions, ± its standard error over problems
+    length     mean tokens per completion; truncated: share cut off at --max_new_tokens; no box: share without a box
+    time-outs  gradings that were stopped after 3 seconds; they count as wrong
+    pass@k     probability that at least one of k completions is right (unbiased estimate from n), k = 1, 2, 4, .. n
 
-and each further model has its difference to the first, with a 95 % interval (bootstrap over problems, paired).
---out keeps OUT/<model>/<benchmark>.jsonl, a row a completion (`why` is what decided: text, math-verify, time-out,
-crash, too long, no answer), and OUT/summary.json. The same command goes on where it was interrupted; other settings
-are refused. Seed, settings and number of processes decide the completions.
+--out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text, math-verify,
+time-out, crash, too long, no answer). After an interruption the same command skips the benchmarks that are finished.
+--compare prints the difference in accuracy per benchmark with a 95% interval (paired bootstrap over problems).
 """
 
 import argparse
 import contextlib
-import inspect
-import itertools
 import json
 import math
 import os
 import random
 import re
 import resource
-import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
-import textwrap
 import threading
 import time
-import traceback
-import typing
-from collections import Counter, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from tqdm import tqdm  # whatever is heavier is imported where it is used: the grader's workers start from this file
+from tqdm import tqdm  # heavier packages are imported where they are used: the grader's workers start from this file
 
 HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "gsm8k": ("openai/gsm8k", "main", "train", "test"),
@@ -67,7 +55,7 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "minerva": ("math-ai/minervamath", None, "test", "test"),
     "olympiadbench": ("math-ai/olympiadbench", None, "test", "test"),
 }
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 PROBLEMS = {"problem": ("problem", "question", "prompt", "query", "instruction", "input")}  # the first that is there
 ANSWERS = {"answer": ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")}
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -82,10 +70,10 @@ def say(text):
 
 
 def fail(message, code=2):
-    """End the program: one line on stderr, of a node's first rank if all fail; exit code 2 for bad input."""
+    """End the program with one line on stderr. Exit code 2 means bad input."""
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # or the message would stand behind it, on its line
-    if int(os.environ.get("LOCAL_RANK", 0)):  # if the first rank failed too, torchrun ends this one before it speaks
+        bar.close()  # otherwise the message would follow it on its line
+    if int(os.environ.get("LOCAL_RANK", 0)):  # if the first rank fails too, torchrun ends this one before it speaks
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print("error: " + f"rank {RANK}: " * (RANK > 0) + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -101,13 +89,13 @@ def check(holds, message):
 # ---- Problems ----
 
 def arithmetic(split):
-    """Generated sums such as "37+5+81+26?": 256 to test on, 4096 to train on, none in both, the same everywhere."""
+    """Generated sums such as "37+5+81+26?": 256 to test on, 4096 others to train on, always the same ones."""
     generator = random.Random(0)
     sums = {}  # a dict keeps the order and drops repetitions
     while len(sums) < 256 + 4096:
         sums[tuple(generator.randint(1, 99) for _ in range(4))] = None
-    chosen = list(sums)[:256] if split == "test" else list(sums)[256:]
-    return [{"problem": "+".join(map(str, terms)) + "?", "answer": str(sum(terms))} for terms in chosen]
+    terms = list(sums)[:256] if split == "test" else list(sums)[256:]
+    return [{"problem": "+".join(map(str, four)) + "?", "answer": str(sum(four))} for four in terms]
 
 
 def load_problems(name, split="train"):
@@ -183,83 +171,94 @@ def read_file(path):
 
 
 def read_hub(name, split):
-    """Rows of a data set of the hub, or of the hub's cache when there is no network, as dicts."""
+    """Rows of a data set from the hub, or from its cache, as dicts."""
     import datasets
 
-    datasets.config.HF_HUB_OFFLINE = use_cache_without_network()
     hub_id, configuration, *splits = HUB.get(name, (name, None, "train", "test"))
     try:
         rows = datasets.load_dataset(hub_id, configuration, split=splits[split == "test"])
-    except Exception as error:  # a dozen kinds, and all mean that the data cannot be had
-        fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): "
-             "give the path of a .jsonl file, or set HF_HOME to a cache that holds it")
-    if name == "dapo":  # each problem stands there a hundred times
+    except Exception as error:  # of a dozen kinds, and all mean that the data cannot be had
+        fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): give the path of a .jsonl file; "
+             "without a network set HF_HUB_OFFLINE=1, and HF_HOME to a cache that holds it")
+    if name == "dapo":  # each problem is in there a hundred times
         places = {key: place for place, key in enumerate(rows.flatten()["extra_info.index"])}
         rows = rows.select(sorted(places.values()))
     return rows.to_list()
 
 
-def use_cache_without_network():
-    """Whether there is no hub; then its clients, which would retry for half a minute, are told to use their cache."""
-    from huggingface_hub import constants
-
-    if not constants.HF_HUB_OFFLINE and not {"https_proxy", "all_proxy"} & {name.lower() for name in os.environ}:
-        hub = urlsplit(constants.ENDPOINT)
-        try:
-            socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
-        except OSError as error:
-            say(f"the hub cannot be reached ({error}): only what is in its cache can be used")
-            constants.HF_HUB_OFFLINE = True
-    return constants.HF_HUB_OFFLINE
-
+# ---- Models and prompts ----
 
 def load_tokenizer(name):
-    """The tokenizer of a model's folder or hub id; what is no model ends the program with one line, at once."""
-    check(not os.path.isfile(name), f"{name} is a file: give the folder of a model in transformers' format, that is "
-          "config.json, weights in .safetensors and a tokenizer")
-    if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        fail(f"there is no folder {name}, and it is no hub id owner/name")
-    if not os.path.isdir(name):
-        use_cache_without_network()
-    elif not any(file.endswith(".safetensors") for file in os.listdir(name)):
-        fail(f"{name} is no model folder: it needs config.json, weights in .safetensors and a tokenizer")
+    """The tokenizer of a model's folder or hub id. Anything else ends the program with one line."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     try:
         transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if not tokenizer.encode("1"):  # what transformers makes of a folder without a tokenizer
-            raise ValueError("no tokenizer")
-    except Exception as error:  # a dozen kinds, and all mean that this is no model
-        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a folder with a model and its "
-             "tokenizer, a hub id, or set HF_HOME to a cache that holds it")
+        if not tokenizer.encode("1"):  # transformers makes an empty tokenizer for a folder without one
+            raise ValueError("it has no tokenizer")
+        if os.path.isdir(name) and not list(Path(name).glob("*.safetensors")):
+            raise ValueError("it has no .safetensors")
+    except Exception as error:  # of a dozen kinds, and all mean that this is not a model
+        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a hub id, or a folder with "
+             "config.json, weights in .safetensors and a tokenizer; without a network set HF_HUB_OFFLINE=1")
     return tokenizer
 
 
-def encode_prompt(tokenizer, problem, system=None):
-    """Token ids of the prompt: the tokenizer's chat template if it has one, else a plain question and answer.
+def stop_tokens(model, tokenizer):
+    """Ids of the tokens that end a completion. model: folder or hub id. [-1], which never comes, if there are none.
 
-    system: what the template's system turn says (default: SYSTEM), or what stands before the plain question.
+    They are the end tokens of the model and of the tokenizer, and the token that the chat template puts behind an
+    assistant's turn: in many models no configuration names it.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        stops = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the model has no such file
+        stops = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "42"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("42")[2]
+        after = tokenizer.encode(text.lstrip(), add_special_tokens=False)[:1]
+        stops += [token for token in after if token in tokenizer.added_tokens_decoder]
+    return sorted({stop for stop in stops if stop is not None}) or [-1]
+
+
+def encode_prompt(tokenizer, problem, system=None):
+    """Token ids of the prompt: the tokenizer's chat template if it has one, otherwise a plain question and answer.
+
+    system: the text of the system turn (default: SYSTEM), or the text before a plain question (default: none).
     """
     if not tokenizer.chat_template:
-        return tokenizer.encode((f"{system}\n\n" if system else "") + PLAIN_PROMPT.format(problem=problem))
+        ids = tokenizer.encode((f"{system}\n\n" if system else "") + PLAIN_PROMPT.format(problem=problem))
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
     from jinja2.exceptions import TemplateError
 
     system = SYSTEM if system is None else system
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
-    try:
-        return tokenizer.apply_chat_template(turns, **options)
-    except TemplateError:  # a template without system role (Gemma): the user says it
-        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{problem}"}], **options)
+    if len(tokenizer.decode(tokenizer.encode(system))) < len(system) / 2:
+        system = ""  # a tokenizer of few characters (the toy's) cannot read it
+    user = {"role": "user", "content": problem}
+    # A template without a system turn refuses it (Gemma) or leaves it out: then the user says it
+    for turns in [{"role": "system", "content": system}, user], [{**user, "content": f"{system}\n\n{problem}"}]:
+        with contextlib.suppress(TemplateError):
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            if system.strip() in text and problem.strip() in text:
+                return tokenizer.encode(text, add_special_tokens=False)
+    fail(f"the chat template of this tokenizer leaves out the problem: {problem[:200]!r}")
 
 
 def context_of(model):
-    """How many tokens a model can see at once."""
+    """How many tokens a model can see at once, as far as a token's position does not depend on the text's length."""
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", math.inf)
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_length = rope.get("rope_type") in ("longrope", "dynamic")
+    original = rope.get("original_max_position_embeddings") if by_length else None
+    return original or getattr(config, "max_position_embeddings", math.inf)
 
 
 def load_prompts(name, split, tokenizer, args):
@@ -267,7 +266,7 @@ def load_prompts(name, split, tokenizer, args):
 
     A prompt may have args.max_prompt_tokens, and args.model must have room for it and args.max_new_tokens more.
     """
-    problems = load_problems(name, split)
+    problems = load_problems(name, split)[: getattr(args, "limit", None)]
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
         row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
     lengths = [len(row["prompt_ids"]) for row in problems]
@@ -277,8 +276,8 @@ def load_prompts(name, split, tokenizer, args):
     check(kept, f"{name}: no prompt is left{why}")
     context, longest = context_of(args.model), max(len(row["prompt_ids"]) for row in kept)
     check(longest + args.max_new_tokens <= context,
-          f"{args.model} sees {context} tokens at once: the longest prompt has {longest}, so --max_new_tokens can be "
-          f"{context - longest} at most, or --max_prompt_tokens has to be lower")
+          f"{args.model} sees {context} tokens at once, and the longest prompt has {longest}: lower --max_new_tokens "
+          f"to {context - longest}, or --max_prompt_tokens")
     say(f"{name}, {split}: {len(kept)} prompts, {skipped} skipped{why if skipped else ''}")
     return kept, skipped
 
@@ -554,628 +553,228 @@ def work(deadline, memory_gb):
 
 # ---- Evaluation ----
 
-def finished(path, problems, n, size):
-    """This rank's problems, the longest first (if memory runs out, then at once), and the rows that `path` has of them.
+def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, batch_size=256):
+    """Sample n completions per problem, grade them, and return their statistics (see summarize), on every rank.
 
-    The file of an interrupted run is cut back to whole batches of `size` problems, each with n completions.
+    problems: rows of load_prompts. sampler(prompt_ids, n, seed, temperature) returns len(prompt_ids) * n completions,
+    prompt by prompt, each with `ids` (the stop token included) and `finish` ("stop" or "length"). At a time
+    batch_size completions are sampled and graded.
     """
-    order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["problem"]))
-    order = order[RANK::WORLD]
-    mine, lines = [{"index": i, **problems[i]} for i in order], []
-    if path and os.path.exists(path):
-        with open(path, "rb") as file:
-            lines = [line for line in file if line.endswith(b"\n")]
-        for line, problem in zip(lines[::n], mine):
-            for key, value in problem.items():
-                if (found := json.loads(line).get(key)) != value:
-                    fail(f"{path} was made with {key} {found!r}, not {value!r}: choose another --out")
-        check(len(lines) <= len(mine) * n, f"{path} has the rows of more problems: choose another --out")
-        if len(lines) < len(mine) * n:
-            lines = lines[: len(lines) // (size * n) * size * n]
-        os.truncate(path, sum(map(len, lines)))
-    return mine, [json.loads(line) for line in lines]
-
-
-def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, batch_size=256, out=None, ks=None,
-             system=None):
-    """Sample n completions a problem, grade them, and return their statistics (see summarize), the same on every rank.
-
-    sampler(prompt_ids, n, seed, temperature) returns len(prompt_ids) * n completions, those of a prompt together, each
-    with `ids` (stop token kept) and `finish` ("stop" or "length"). A batch has batch_size completions; a finished one
-    is written to the file `out`, and is not done again if it stands there already.
-    """
-    most, size = -(-len(problems) // WORLD), max(1, batch_size // n)
-    mine, records = finished(out, problems, n, size)
-    done = len(records) // n
-    with (
-        open(out or os.devnull, "a") as file,
-        tqdm(total=len(mine), initial=done, desc="evaluating", unit="problem", disable=RANK > 0 or None) as bar,
-    ):
-        for start in range(0, most, size):
-            batch = mine[max(start, done) : start + size]
-            if not batch:
-                continue
-            prompts = [encode_prompt(tokenizer, row["problem"], system) for row in batch]
-            completions = sampler(prompts, n, (seed * WORLD + RANK) * most + start, temperature)
-            texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
-            rows = [dict(row) for row in batch for _ in range(n)]
-            verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
-            for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
-                row.update(completion=text, length=len(completion.ids), finish=completion.finish, **verdict)
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            records += rows
-            bar.set_postfix(accuracy=f"{sum(row['correct'] for row in records) / len(records):.3f}", refresh=False)
+    order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["problem"]))  # memory runs out now or never
+    mine, size, records = order[RANK::WORLD], max(1, batch_size // n), []
+    with tqdm(total=len(mine), desc="evaluating", unit="problem", disable=RANK > 0 or None) as bar:
+        for start in range(0, len(mine), size):
+            batch = mine[start : start + size]
+            prompts = [problems[i]["prompt_ids"] for i in batch]
+            completions = sampler(prompts, n, (seed * WORLD + RANK) * len(problems) + start, temperature)
+            texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+            indices = [i for i in batch for _ in range(n)]
+            verdicts = grader.judge_all([(text, problems[i]["answer"]) for text, i in zip(texts, indices, strict=True)])
+            for i, text, completion, verdict in zip(indices, texts, completions, verdicts):
+                row = {"index": i, **{key: problems[i][key] for key in ("problem", "answer")}, "completion": text}
+                records.append({**row, "length": len(completion.ids), "finish": completion.finish, **verdict})
+            bar.set_postfix(accuracy=f"{statistics.fmean(row['correct'] for row in records):.3f}", refresh=False)
             bar.update(len(batch))
     shares = [records] * WORLD
     if WORLD > 1:
         import torch
 
         torch.distributed.all_gather_object(shares, records)
-    return summarize(sorted((row for rows in shares for row in rows), key=lambda row: row["index"]), ks)
+    return summarize(sorted((row for rows in shares for row in rows), key=lambda row: row["index"]))
 
 
-def summarize(records, ks=None):
+def summarize(records):
     """Statistics of graded completions, whose `index` tells which of them answer the same problem.
 
-    Keys: accuracy; standard_error (over problems; nan when there is one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
-    length (mean tokens); truncated, no_box (shares); grader_timeouts; problems; n; means (of each problem); records.
+    Keys: accuracy; standard_error (over problems; nan for a single one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
+    length (mean tokens); truncated, no_box (shares); grader_timeouts; problems; n; means (per problem); records.
     """
     groups = {}
     for record in records:
         groups.setdefault(record["index"], []).append(record["correct"])
-    counts = [(len(group), sum(group)) for group in groups.values()]
-    means = [right / size for size, right in counts]
-    n = min(size for size, _ in counts)
+    means = [statistics.fmean(group) for group in groups.values()]
+    n = len(records) // len(groups)
     return {
         "accuracy": statistics.fmean(means),
         "standard_error": statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else math.nan,
         "pass_at_k": {
-            k: statistics.fmean(1 - math.comb(size - right, k) / math.comb(size, k) for size, right in counts)
-            for k in ks or [2**power for power in range(n.bit_length())]
+            k: statistics.fmean(1 - math.comb(n - sum(group), k) / math.comb(n, k) for group in groups.values())
+            for k in [2**power for power in range(n.bit_length())]
         },
-        "length": statistics.fmean(record.get("length", math.nan) for record in records),
-        "truncated": statistics.fmean(row["finish"] == "length" if "finish" in row else math.nan for row in records),
+        "length": statistics.fmean(record["length"] for record in records),
+        "truncated": statistics.fmean(record["finish"] == "length" for record in records),
         "no_box": statistics.fmean(not record["boxed"] for record in records),
         "grader_timeouts": sum(record["why"] == "time-out" for record in records),
-        "problems": len(counts),
+        "problems": len(groups),
         "n": n,
         "means": means,
         "records": records,
     }
 
 
-def difference(first, second):
-    """Mean of the second list minus that of the first, and the ends of its 95 % interval: a paired bootstrap."""
-    import numpy
-
-    deltas = numpy.subtract(second, first)  # [problems]
-    draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
-    return deltas.mean().item(), *numpy.percentile(deltas[draws].mean(1), [2.5, 97.5]).tolist()
-
-
-# ---- Ranks, samplers ----
-
 Completion = namedtuple("Completion", "ids finish")  # token ids with the stop token; "stop" or "length"
 
 
-def join_ranks(timeout_minutes):
-    """Join torchrun's process group, or without torchrun make one of this process alone. Returns this rank's device."""
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
-    return device
-
-
-@contextlib.contextmanager
-def ending():
-    """Around a program: leaves the process group, and says in one line that memory ran out.
-
-    After an error on a GPU the process ends at once: a teardown waits for other ranks, which may never come.
-    """
-    code = 0
-    try:
-        yield
-    except SystemExit as end:
-        code = end.code or 0
-    except KeyboardInterrupt:
-        code = 130
-    except BaseException as error:
-        code = 1
-        if type(error).__name__ == "OutOfMemoryError":
-            code = (f"error: rank {RANK}: {' '.join(str(error).split())} What weights, gradients and AdamW take stands "
-                    "in the first lines. The rest is lowered by --micro_batch_tokens (training) and "
-                    "--gpu_memory_utilization (vLLM)")
-        else:
-            traceback.print_exc()
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
-    torch = sys.modules.get("torch")
-    if code and torch and torch.cuda.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if torch and torch.distributed.is_initialized() and "vllm" not in sys.modules:  # vLLM does it at its own end
-        torch.distributed.destroy_process_group()
-    sys.exit(code)
-
-
-def sum_over_ranks(values, device):
-    """{name: number} -> {name: sum over all ranks}."""
-    import torch
-
-    totals = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(totals)
-    return dict(zip(values, totals.tolist()))
-
-
-def stop_tokens(model, tokenizer):
-    """The ids that end a completion: the model's own and the tokenizer's; if there are none [-1], which never comes."""
-    stops = model.generation_config.eos_token_id
-    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
-    return sorted({stop for stop in stops if stop is not None}) or [-1]
-
-
-def start_vllm(model, args, dtype, longest, **options):
-    """vLLM's engine for sequences of `longest` tokens at most, in this process. args: flags that all scripts have."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where new weights can reach it
+def vllm_sampler(args, tokenizer, device):
+    """A sampler for evaluate: vLLM's generate. Completion k of prompt i has the seed (seed + i)·n + k."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import torch
     import vllm
 
-    try:
-        return vllm.LLM(
-            model, dtype=dtype, seed=args.seed, max_model_len=min(context_of(model), longest),
-            distributed_executor_backend="external_launcher" if WORLD > 1 else None,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            enforce_eager=args.enforce_eager or not torch.cuda.is_available(), **options,
-        )
-    except (ValueError, RuntimeError) as error:
-        if "memory" not in str(error):
-            raise
-        sys.exit(f"error: rank {RANK}: vLLM does not fit: {' '.join(str(error).split())} Now: --gpu_memory_utilization "
-                 f"{args.gpu_memory_utilization}; shorter prompts and a shorter --max_new_tokens need less")
-
-
-def vllm_sampler(args, tokenizer, device, longest):
-    """A sampler for evaluate: vLLM's generate. Completion k of prompt i has the seed (seed + i)·n + k."""
-    import torch
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    engine = start_vllm(args.model, args, dtype, longest, tensor_parallel_size=args.vllm_tp)
+    engine = vllm.LLM(
+        args.model, dtype="bfloat16" if device.type == "cuda" else "float32", seed=args.seed,
+        tensor_parallel_size=args.vllm_tp, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+        distributed_executor_backend="external_launcher" if WORLD > 1 else None,
+        gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=device.type == "cpu",
+    )
+    stops = stop_tokens(args.model, tokenizer)
 
     def sample(prompt_ids, n, seed, temperature):
-        from vllm import SamplingParams
-
         how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
-        params = [SamplingParams(seed=(seed + i) * n, detokenize=False, **how) for i in range(len(prompt_ids))]
+        how |= {"stop_token_ids": stops, "detokenize": False}
+        params = [vllm.SamplingParams(seed=(seed + i) * n % 2**62, **how) for i in range(len(prompt_ids))]
         requests = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
         return [Completion(list(output.token_ids), output.finish_reason) for row in requests for output in row.outputs]
 
     return sample
 
 
-def hf_sampler(args, tokenizer, device, longest):
+def hf_sampler(args, tokenizer, device):
     """A sampler for evaluate: transformers' generate, without the model's own settings for it (top-k, penalties)."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
-    stops = stop_tokens(model, tokenizer)
+    stops = stop_tokens(args.model, tokenizer)
     model.generation_config = GenerationConfig()
 
     def sample(prompt_ids, n, seed, temperature):
-        how = {"do_sample": temperature > 0}
+        how = {"max_new_tokens": args.max_new_tokens, "eos_token_id": stops, "pad_token_id": max(0, stops[0])}
         if temperature > 0:
-            how.update(temperature=temperature, top_k=0, top_p=args.top_p)
-        how |= {"max_new_tokens": args.max_new_tokens, "eos_token_id": stops, "pad_token_id": max(0, stops[0])}
-        rows, completions = [ids for ids in prompt_ids for _ in range(n)], []
+            how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": args.top_p}
+        rows = [ids for ids in prompt_ids for _ in range(n)]
+        width = max(map(len, rows))  # padded on the left: all prompts end at one place
+        input_ids = torch.tensor([[-1] * (width - len(ids)) + ids for ids in rows], device=device)  # [B, S]
+        inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}
         torch.manual_seed(seed)
-        for batch in (rows[i : i + 256] for i in range(0, len(rows), 256)):  # bounds the memory of the key-value cache
-            width = max(map(len, batch))  # padded on the left: all prompts end at one place
-            input_ids = torch.tensor([[-1] * (width - len(ids)) + ids for ids in batch], device=device)  # [B, S]
-            inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}
-            output = model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
-            for ids in output[:, width:].tolist():
-                stop = next((t for t, token in enumerate(ids) if token in stops), None)
-                completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
+        output = model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
+        completions = []
+        for ids in output[:, width:].tolist():
+            stop = next((t for t, token in enumerate(ids) if token in stops), None)
+            completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
         return completions
 
     return sample
 
 
-# ---- A training run: its flags, folder and log ----
-
-def help_text(Args, script, toy):
-    """What --help prints: the docstring's first line and examples, and the flags in the groups of Args."""
-    about, *doc = sys.modules[Args.__module__].__doc__.splitlines()
-    examples = [line for line in doc if line.startswith(("    python ", "    torchrun "))]
-    width = shutil.get_terminal_size().columns
-    toy = ", ".join(f"{key} {value}" for key, value in toy.items() if key != "model")
-    toy = textwrap.fill(f"Without --model: {toy}", width)
-    lines = [about, "", *examples, "", toy,
-             "Results: args.json, metrics.jsonl, samples.jsonl, checkpoints/ and final/ in --output_dir.", "",
-             "  --flag                    default  meaning"]
-    for line in inspect.getsource(Args).splitlines():
-        if line.startswith("    # "):
-            lines.append(f"\n{line[6:]}:")
-        elif match := re.match(r"    (\w+): ", line):
-            field = Args.__dataclass_fields__[match[1]]
-            default = "" if field.default is None else str(field.default)
-            choices = "|".join(typing.get_args(field.type))
-            meaning = (f"{choices}; " if choices else "") + field.metadata["help"]
-            lines += textwrap.wrap(f"  --{match[1]:<23} {default:<8} {meaning}", width, subsequent_indent=" " * 37)
-    return "\n".join(lines) + "\n"
-
-
-def read_flags(Args, script, toy):
-    """Args from the command line, over those of the resumed run, or without --model over `toy`, over the defaults."""
-    from transformers import HfArgumentParser, logging
-
-    logging.set_verbosity_error()
-    parser = HfArgumentParser(Args, prog=f"{script}.py", allow_abbrev=False)
-    parser.error, parser.format_help = fail, lambda: help_text(Args, script, toy)
-    given = parser.parse_args()
-    folder = given.resume or given.output_dir
-    done = checkpoints(folder) if folder else []
-    over = not given.resume and folder and Path(folder, "final").exists()  # if only its checkpoints were removed
-    if given.resume:
-        check(done, f"--resume {given.resume}: no checkpoint there (one comes every --save_every steps): start anew")
-        saved = json.loads(Path(given.resume, "args.json").read_text())
-        check(saved.pop("script") == script and given.model in (None, saved["model"]),
-              f"--resume {given.resume}: that run is of another script or model; start a new run without --resume")
-        check(not given.output_dir, "--resume goes on in the folder of its run: leave --output_dir out")
-        parser.set_defaults(**saved)
-    elif given.model is None:
-        parser.set_defaults(**toy)
-    args = Args(**vars(parser.parse_args()))
-    check(given.resume or not done and not over,
-          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it")
-    check(not done or int(done[-1].name[5:]) <= args.steps, f"--resume {args.resume}: it is past --steps {args.steps}")
-    return args
-
-
-def checkpoints(run):
-    """The whole checkpoints of a run's folder, oldest first."""
-    return sorted(Path(run, "checkpoints").glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
-
-
-def open_run(args, script, done, columns):
-    """Make the folder of a run, or cut an old one back to its first `done` steps. Returns its path, on all ranks.
-
-    Prints the steps to be done, and the heads of the columns that log_step prints.
-    """
-    from torch.distributed import broadcast_object_list
-
-    name = [args.resume or args.output_dir]
-    try:
-        while RANK == 0 and not name[0]:
-            with contextlib.suppress(FileExistsError):  # another run began in this second
-                run = Path(f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
-                run.mkdir(parents=True)
-                name = [str(run)]
-        if RANK == 0:
-            Path(name[0], "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"a run's folder cannot be made: {error}; choose another --output_dir")
-    broadcast_object_list(name)  # the clocks of the ranks may differ
-    run = Path(name[0])
-    if RANK == 0:
-        for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
-            shutil.rmtree(part)
-        for path in (run / "metrics.jsonl", run / "samples.jsonl"):
-            with open(path, "ab+") as file:
-                file.seek(0)
-                rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
-                file.truncate(sum(map(len, rows)))
-        write_whole(run / "args.json", json.dumps({"script": script, **vars(args), "resume": None}, indent=1))
-        if args.wandb:
-            import wandb
-
-            wandb.init(project=args.wandb, name=run.name, config=vars(args))
-    if done < args.steps:
-        say(f"steps {done + 1} to {args.steps}, written to {run}\n" + " ".join(f"{column:>9}" for column in columns))
-    else:
-        say(f"all {done} steps of {run} are done: only its final/ is written again")
-    return run
-
-
-def say_start(script, args, policy, sampler, device):
-    """Who trains what on what: a line with what it takes, and on a CPU, if it is much, how long a step may be."""
-    import torch
-
-    own = policy.model.generation_config
-    try:  # save_final would be the first to complain
-        own.validate(strict=True)
-    except ValueError as error:
-        own.do_sample = True  # a temperature or top_p without sampling is what many have
-        say(f"generation_config.json is not valid ({str(error).splitlines()[0]}): final/ has it with do_sample")
-        own.validate(strict=True)
-    size = sum(parameter.numel() for parameter in policy.parameters())
-    states = 16e-9 * size / int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # GB: a node's ranks share them
-    say(f"{script}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
-        f"{type(sampler).__name__}; weights, gradients, AdamW: {states:.2f} GB each")
-    tokens = args.prompts_per_step * args.group_size * args.max_new_tokens
-    hours = tokens * 8 * size / (2e10 * WORLD * torch.get_num_threads()) / 3600  # 8 operations a parameter and token
-    if device.type == "cpu" and hours > 0.1:
-        say(f"a step has up to {tokens:,} tokens, by a rough estimate {hours:.1f} hours on this CPU: lower "
-            "--prompts_per_step, --group_size, --max_new_tokens (try 4, 8, 64)")
-
-
-def log_accuracy(run, args, step, sampler, tokenizer, problems, grader):
-    """Evaluate greedily where it is due and not done yet, and add eval_accuracy to the step's row in metrics.jsonl."""
-    from torch.distributed import broadcast_object_list
-
-    if not problems or step == 0 or step < args.steps and not (args.eval_every and step % args.eval_every == 0):
-        return
-    rows = (run / "metrics.jsonl").read_text().splitlines() if RANK == 0 else []
-    done = [RANK == 0 and "eval_accuracy" in json.loads(rows[-1])]
-    broadcast_object_list(done)
-    if done[0]:
-        return
-    problems = [{"problem": row["problem"], "answer": row["answer"]} for row in problems]
-    accuracy = evaluate(sampler, tokenizer, problems, grader, system=args.system_prompt)["accuracy"]
-    say(f"accuracy on {args.eval_dataset}: {accuracy:.3f} ({len(problems)} problems, greedy)")
-    if RANK == 0:
-        rows[-1] = json.dumps({**json.loads(rows[-1]), "eval_accuracy": accuracy})
-        write_whole(run / "metrics.jsonl", "".join(row + "\n" for row in rows))
-        if args.wandb:
-            sys.modules["wandb"].log({"eval_accuracy": accuracy}, step=step)
-
-
-def write_whole(path, text):
-    """Write a file aside, then rename it: whole at any moment."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def say_end(run):
-    """Where the model and the metrics are; with matplotlib also their curves."""
-    for file in (run / "final").glob("*.safetensors") if RANK == 0 else []:
-        file.chmod((run / "args.json").stat().st_mode)  # safetensors would let nobody else read them
-    say(f"the model is in {run / 'final'}, metrics.jsonl and samples.jsonl beside it")
-    if RANK == 0 and find_spec("matplotlib"):
-        draw_curves([run], run / "curves.png")
-        say(f"reward, length and entropy as curves: {run / 'curves.png'}")
-
-
-def draw_curves(runs, picture):
-    """Reward, length and entropy of each step of some runs, as their metrics.jsonl have them, drawn into a PNG."""
-    check(find_spec("matplotlib"), "curves need a package: pip install matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for run, style in zip(runs, itertools.cycle(("-", "--", "-.", ":"))):
-        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-        for axis, key, unit in zip(axes, ("reward", "length", "entropy"), ("", ", tokens", ", nats a token")):
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=Path(run).name)
-            axis.set(title=key + unit, xlabel="step")
-            axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes[0].legend()
-    figure.savefig(picture, dpi=80)
-    pyplot.close(figure)
-
-
-class Seconds:
-    """A clock of the phases of a step; the bar shows which is on."""
-
-    def __init__(self, bar):
-        self.bar, self.starts = bar, {}
-
-    def start(self, phase):
-        """From here on it is this phase."""
-        self.bar.set_postfix_str(phase)
-        self.starts[phase] = time.perf_counter()
-
-    def metrics(self, tokens):
-        """Seconds of each phase but the last, tokens a second over them all, and the peak memory of GPU or process."""
-        import torch
-
-        times = list(self.starts.values())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-        return {
-            **{f"seconds_{phase}": end - start for phase, start, end in zip(self.starts, times, times[1:])},
-            "tokens_per_second": tokens / (times[-1] - times[0]),
-            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak,
-        }
-
-
-def log_step(run, args, metrics, columns, samples):
-    """Print a step's columns; append its metrics, and the first of its (problem, text, reward), to the run's files."""
-    say(" ".join(f"{metrics[column]:{max(9, len(column))}{'' if column == 'step' else '.4g'}}" for column in columns))
-    if RANK == 0:
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        with open(run / "samples.jsonl", "a") as file:
-            for row, text, reward in list(samples)[:4]:
-                row = {"problem": row["problem"], "answer": row["answer"], "completion": text, "reward": reward}
-                file.write(json.dumps({"step": metrics["step"], **row}) + "\n")
-        if args.wandb:
-            sys.modules["wandb"].log(metrics, step=metrics["step"])
-
-
 # ---- The command line ----
 
 def parse_args():
-    """The command line, checked as far as that needs no data and no model."""
-    def numbers(text):
-        return [int(number) for number in text.split(",")]
-
+    """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"data sets by name: arithmetic, {', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--model", help="folder in transformers' format, or hub id; several with commas between")
-    parser.add_argument("--grade", metavar="FILE", help="instead of --model: a file of completions and their answers")
-    parser.add_argument("--benchmarks", default="arithmetic", help="names, files or hub ids, with commas between")
-    parser.add_argument("--n", type=int, default=1, help="completions a problem (1)")
-    parser.add_argument("--k", type=numbers, help="the k of pass@k, with commas between (1,2,4,... up to n)")
-    parser.add_argument("--system_prompt", help="what stands before each problem (asks for steps and a box)")
-    parser.add_argument("--limit", type=int, help="only the first so many problems of each benchmark")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="a completion is cut off here (1024)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (0 if n is 1, else 0.6)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="samples come from the likeliest tokens (0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples (0)")
-    parser.add_argument("--batch_size", type=int, default=256, help="completions sampled and saved at a time (256)")
+    parser.add_argument("--model", help="folder in transformers' format, or hub id")
+    parser.add_argument("--benchmarks", default="arithmetic", help="names, files or hub ids, separated by commas")
+    parser.add_argument("--n", type=int, default=1, help="completions per problem (1)")
+    parser.add_argument("--system_prompt", help="default: asks for step-by-step reasoning and a boxed answer")
+    parser.add_argument("--limit", type=int, help="use only this many problems of each benchmark, the first ones")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longer completions are cut off (1024)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (0 if n is 1, otherwise 0.6)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling, unless greedy (0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the samples (0)")
     parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm if CUDA has it")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (0.9)")
     parser.add_argument("--vllm_tp", type=int, default=1, help="GPUs that share a vLLM engine (1); not with torchrun")
-    parser.add_argument("--enforce_eager", action="store_true", help="vLLM without CUDA graphs: starts sooner")
-    parser.add_argument("--out", help="folder for all completions and the summary")
+    parser.add_argument("--out", help="folder for all completions")
+    parser.add_argument("--compare", nargs=2, metavar="OUT", help="compare two finished evaluations; needs no --model")
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.n == 1 else 0.6
-    for name in ("n", "limit", "max_new_tokens", "batch_size", "vllm_tp"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
-    check((args.model is None) != (args.grade is None), "give --model, or --grade FILE for completions made elsewhere")
+    for name in ("n", "limit", "max_new_tokens", "vllm_tp"):
+        check(getattr(args, name) is None or getattr(args, name) >= 1, f"--{name} must be at least 1")
+    check((args.model is None) != (args.compare is None), "give either --model, or --compare OUT1 OUT2")
     check(0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}")
     check(args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1")
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
-    check(args.grade or all(1 <= k <= args.n for k in args.k or ()), f"--k: every k must be from 1 to --n {args.n}")
+    check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
-    check(args.vllm_tp == 1 or WORLD == 1 and find_spec("vllm"),
-          "--vllm_tp needs vllm, and goes with python: with torchrun every process has an engine of its own")
-    check(not args.out or not os.path.isfile(args.out), f"--out {args.out} is a file: give a folder")
+    check(args.vllm_tp == 1 or WORLD == 1, "--vllm_tp does not work with torchrun: there every rank has its own engine")
     return args
 
 
-def report(results, args):
-    """Print the tables of results {(model, benchmark): statistics}; with --out also write OUT/summary.json."""
-    summary, notes, first = [], [], next(iter(results))[0]
-    width = max(len(text) for names in results for text in names)
-    head = "problems  avg@n          length  truncated  no box  time-outs  pass@k"
-    say(f"{'model':<{width}}  {'benchmark':<{width}}  {head}")
-    for (model, benchmark), result in results.items():
-        passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
-        row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
-               "{no_box:>6.3f}  {grader_timeouts:>9}  ").format(**result)
-        say(f"{model:<{width}}  {benchmark:<{width}}  {row}{passes}")
-        summary.append({"model": model, "benchmark": benchmark, **result})
-        del summary[-1]["means"], summary[-1]["records"]
-        if model != first:
-            change, low, high = difference(results[first, benchmark]["means"], result["means"])
-            notes.append(f"{model} minus {first}, {benchmark}: {change:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
-            summary[-1].update(minus=first, difference=change, interval=[low, high])
-    say("\n".join(notes))
-    if args.out and RANK == 0:
-        with open(os.path.join(args.out, "summary.json"), "w") as file:
-            json.dump(summary, file, indent=1)
+def compare(first, second):
+    """Print the difference in accuracy, second minus first, on each benchmark that both folders hold."""
+    import numpy
 
-
-def grade_file(args):
-    """Grade completions made elsewhere. Rows of one problem belong together, if there is a column problem."""
-    rows = read_file(args.grade)
-    grouped = {"problem": ("problem",)} if any("problem" in row for row in rows) else {}
-    wanted = {"completion": ("completion",)} | ANSWERS | grouped
-    rows = [{key: row[key] for key in wanted} for row in usable(rows, args.grade, wanted)]
-    with Grader() as grader:
-        verdicts = grader.judge_all([(row["completion"], row["answer"]) for row in rows])
-    rows = [{"index": row.get("problem", i), **row, **verdict} for i, (row, verdict) in enumerate(zip(rows, verdicts))]
-    least = min(Counter(row["index"] for row in rows).values())
-    check(max(args.k or [1]) <= least, f"every k must be from 1 to {least}, the completions of a problem in {args.grade}")
-    if args.out:
-        os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "graded.jsonl"), "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return {("-", args.grade): summarize(rows, args.k)}
-
-
-def evaluate_models(args):
-    """Every model on every benchmark. What can be wrong is found before the first model is loaded."""
-    benchmarks = {name: load_problems(name, "test")[: args.limit] for name in args.benchmarks.split(",")}
-    tokenizers = {name: load_tokenizer(name) for name in args.model.split(",")}
-    import torch
-
-    vllm = args.sampler == "vllm" or args.sampler == "auto" and torch.cuda.is_available() and find_spec("vllm")
-    keys = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size", "system_prompt")
-    settings = {key: getattr(args, key) for key in keys}
-    settings |= {"sampler": "vllm" if vllm else "hf", "processes": WORLD}
-    for name, rows in benchmarks.items():
-        kept = [row for row in rows
-                if all(encode_prompt(own, row["problem"], args.system_prompt) for own in tokenizers.values())]
-        check(kept, f"{name}: of no problem a tokenizer knows a character")
-        if len(kept) < len(rows):
-            say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: their prompts have no token")
-        benchmarks[name] = [{"problem": row["problem"], "answer": row["answer"], **settings} for row in kept]
-    files, owners, asked, room, missing = {}, {}, {}, {}, {}
-    for model, tokenizer in tokenizers.items():
-        prompts = (row["problem"] for rows in benchmarks.values() for row in rows)
-        longest = max(len(encode_prompt(tokenizer, problem, args.system_prompt)) for problem in prompts)
-        context = context_of(model)
-        room[model], missing[model] = (longest, min(args.max_new_tokens, context - longest)), 0
-        check(context > longest, f"{model} has room for {context} tokens, and the longest prompt has {longest}")
-        for name, rows in benchmarks.items():  # a file for each rank
-            parts = [re.sub(r"[^\w.-]+", "_", part.strip("./").removesuffix(".jsonl")) for part in (model, name)]
-            rank = f".{RANK}.jsonl" if WORLD > 1 else ".jsonl"
-            files[model, name] = path = os.path.join(args.out, *parts) + rank if args.out else None
-            asked[model, name] = [{**row, "weights_written": written(model)} for row in rows]
-            if args.out:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                owner = os.path.realpath(model), os.path.realpath(name)
-                check(owners.setdefault(path, owner) == owner, f"--out: {model} and another model, or {name} and another "
-                      f"benchmark, would share {path}: give them by their full paths")
-            mine, records = finished(path, asked[model, name], args.n, max(1, args.batch_size // args.n))
-            missing[model] += len(mine) * args.n - len(records)
-    device = join_ranks(7 * 24 * 60)  # minutes: ranks meet when all is done, however long that takes
-    missing = sum_over_ranks(missing, device)
-    if vllm and sum(number > 0 for number in missing.values()) > 1:
-        return one_by_one(args)
-    say(f"{args.model} on {args.benchmarks}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    results, how = {}, (args.n, args.seed, args.temperature, args.batch_size)
-    with Grader() as grader:
-        for args.model, tokenizer in tokenizers.items():
-            longest, args.max_new_tokens = room[args.model]
-            start = vllm_sampler if vllm else hf_sampler
-            sampler = start(args, tokenizer, device, longest + args.max_new_tokens) if missing[args.model] else None
-            for name in benchmarks:
-                more = files[args.model, name], args.k, args.system_prompt
-                results[args.model, name] = evaluate(sampler, tokenizer, asked[args.model, name], grader, *how, *more)
-            del sampler  # before the next one is loaded
-    return results
-
-
-def written(model):
-    """When the weights in a folder were written, so that --out does not take others under its name for them, or None."""
-    times = [file.stat().st_mtime for file in Path(model).glob("*.safetensors")]
-    return datetime.fromtimestamp(max(times), UTC).isoformat() if times else None
-
-
-def one_by_one(args):
-    """Several models with vLLM, which takes one a process: a process for each, then one that reads what they wrote."""
-    check(WORLD == 1, "with torchrun vLLM takes one model a run: give each --model alone, with the same --out, and "
-          "then all of them, which compares what is there")
-    with tempfile.TemporaryDirectory() as aside:
-        own = [] if args.out else ["--out", aside]
-        for model in [*args.model.split(","), args.model]:
-            done = subprocess.run([sys.executable, *sys.argv, *own, "--model", model])
-            if done.returncode:
-                sys.exit(done.returncode)
+    names = [{path.name for path in Path(folder).glob("*.jsonl")} for folder in (first, second)]
+    common = sorted(names[0] & names[1])
+    check(common, f"--compare: {first} and {second} have no finished benchmark in common")
+    for name in common:
+        both = [summarize(read_file(str(Path(folder, name)))) for folder in (first, second)]
+        problems = [[row["problem"] for row in result["records"]][:: result["n"]] for result in both]
+        check(problems[0] == problems[1], f"--compare: {name} has other problems in {second}")
+        deltas = numpy.subtract(both[1]["means"], both[0]["means"])  # [problems]
+        draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
+        low, high = numpy.percentile(deltas[draws].mean(1), [2.5, 97.5])
+        say(f"{name}: {both[0]['accuracy']:.3f} -> {both[1]['accuracy']:.3f}, difference {deltas.mean():+.3f}, "
+            f"95% interval {low:+.3f} to {high:+.3f} ({len(deltas)} problems)")
 
 
 def main():
     args = parse_args()
-    results = grade_file(args) if args.grade else evaluate_models(args)
-    if results:
-        report(results, args)
+    if args.compare:
+        return compare(*args.compare)
+    tokenizer, args.max_prompt_tokens = load_tokenizer(args.model), math.inf
+    benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
+    args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
+    settings = {name: getattr(args, name) for name in ("model", "n", "temperature", "top_p", "max_new_tokens", "seed",
+                                                       "system_prompt", "limit")}
+    files = {name: None for name in benchmarks}
+    if args.out:
+        for name in files:
+            files[name] = Path(args.out, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
+        saved = Path(args.out, "settings.json")
+        before = json.loads(saved.read_text()) if saved.exists() else settings
+        check(before == settings, f"--out {args.out} was made with {before}, not with {settings}: choose another folder")
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        saved.write_text(json.dumps(settings))
+    import torch
+    import torch.distributed as dist
+
+    gpu = torch.cuda.is_available()
+    vllm = args.sampler == "vllm" or args.sampler == "auto" and gpu and find_spec("vllm")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
+    say(", ".join(f"{name} {value}" for name, value in settings.items()) + f", {'vllm' if vllm else 'hf'}, {WORLD} ranks")
+    missing = [name for name, file in files.items() if not file or not file.exists()]
+    sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device) if missing else None
+    say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
+    with Grader() as grader:
+        for name, file in files.items():
+            if name in missing:
+                how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
+                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
+            else:
+                result = summarize(read_file(str(file)))
+            if file and name in missing and RANK == 0:
+                aside = file.with_suffix(".part")
+                aside.write_text("".join(json.dumps(row) + "\n" for row in result["records"]))
+                aside.rename(file)  # a file of that name is whole
+            row = "{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
+            passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
+            say(f"{name:<24}  " + (row + "{grader_timeouts:>9}  ").format(**result) + passes)
+    if WORLD > 1 and not vllm:  # vLLM does it itself
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(float(sys.argv[2]), float(sys.argv[3]))
-        sys.exit()
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
-    with ending():
+    else:
+        signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
         main()

@@ -1,6 +1,6 @@
 """GRPO-λ in one file: GRPO with eligibility traces of token log-probabilities, and no critic.
 
-Maximised is the J of grpo.py (its docstring has π_old, --loss and the KL term) with other A, and another r or w:
+Maximize the J of grpo.py (its docstring has π_old, --loss and the KL term) with other A, and another r or w:
 
     J = sum over groups, completions i, tokens t of  w[i,t] · min(r[i,t]·A[i], clip(r[i,t], 1-ε_low, 1+ε_high)·A[i])
         - β · the KL term,  A[i] = max(GRPO's A[i], -0.1),  γλ = --gamma · --lam,  t = 0..|o_i|-1
@@ -9,105 +9,101 @@ Maximised is the J of grpo.py (its docstring has π_old, --loss and the KL term)
     --style recent     tr(t,l) = (γλ)^l                       (eq. 2)
     --style both       tr(t,l) = max((γλ)^l, (γλ)^(t-l))      early tokens keep credit too; the paper's better one
 
-The idea. The policy gradient with advantages of generalised advantage estimation, Σ_t A_t·∇logπ_t, equals (Theorem 1)
+The idea. The policy gradient with generalized advantage estimation, Σ_t A_t·∇logπ_t, equals (Theorem 1)
 
     Σ_t δ_t · Σ_{l=0..t} (γλ)^l · ∇logπ_{t-l}        a TD error times a trace of log-probability gradients
 
-so credit reaches back to earlier tokens. Without a critic, the group's advantage stands for every δ_t.
-Paper: GRPO-λ (arXiv 2510.00194, Parthasarathi, Reymond, Chen, Cui, Chandar). Not λ-GRPO: that is the lambda_grpo files.
-What differs from grpo.py: trace, trace_weights; in policy_loss the traced ratio or the weighted terms; advantages below
--0.1 are raised to it (paper). On-policy, and up to the sampler's importance weights, the variants' gradients are equal:
-the first token counts |o_i| times (both), up to 1/(1-γλ) times (recent). Off-policy a traced ratio is clipped sooner.
-Deviations: we had others' accounts of the paper, not its text. ε-weight is our reading (the same double sum, in the
-other order); γ = 1 is ours; the KL term and the importance weights are not traced. Nothing is renormalised: gradients
-can be tens of times GRPO's, so --max_grad_norm does real work. λ = 0 with recent and no clamp is grpo.py, bit for bit.
+so credit reaches back to earlier tokens. There is no critic: the group's advantage takes the place of every δ_t.
+Paper: GRPO-λ (arXiv 2510.00194, Parthasarathi, Reymond, Chen, Cui, Chandar). λ-GRPO is another method: lambda_grpo_*.py.
+Differences from grpo.py: trace, trace_weights; policy_loss traces the ratio or weighs the terms; advantages below -0.1
+are raised to it (paper). At π = π_old both variants have the same gradient, apart from the importance weights: the first
+token counts |o_i| times (both), or up to 1/(1-γλ) times (recent). Off-policy, a traced ratio is clipped sooner.
+Deviations: we did not have the paper's text and worked from third-party descriptions. ε-weight is our reading (the same
+double sum in the other order), and so is γ = 1. The KL term and the importance weights are not traced. Nothing is
+renormalized: gradients are tens of times GRPO's, so --max_grad_norm matters. λ = 0, recent, no clamp is grpo.py exactly.
 
     python grpo_lambda_traces.py     laptop: a tiny model, half a minute
     python grpo_lambda_traces.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
     torchrun --nproc_per_node=8 grpo_lambda_traces.py --model Qwen/Qwen2.5-7B      eight GPUs
 """
 
+import json
 import math
 import os
 import shutil
 import signal
-from collections import Counter
+import sys
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from eval import (  # check and fail end the program with one line; say prints on rank 0
-    Grader, Seconds, check, checkpoints, ending, fail, join_ranks, load_prompts, load_tokenizer, log_accuracy, log_step,
-    open_run, read_flags, say, say_end, say_start, start_vllm, stop_tokens, sum_over_ranks,
-)
-
-if __name__ == "__main__":  # before the imports that take seconds
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted: --resume goes on from the last checkpoint, if any", 130))
-
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.state_dict as states
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+# check and fail end the program with one line of error; say prints on rank 0
+from eval import Grader, check, evaluate, fail, load_prompts, load_tokenizer, say, stop_tokens
+
 SCRIPT = Path(__file__).stem
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
-@dataclass  # each field is a flag, with its help
+@dataclass  # each field is a flag of the command line
 class Args:
     # The algorithm
-    lam: float = HfArg(default=0.99, help="λ: how far a token's trace reaches back; 0, recent, no clamp: GRPO")
+    lam: float = HfArg(default=0.99, help="λ: how far a trace reaches back; 0 with recent and no clamp is GRPO")
     gamma: float = HfArg(default=1.0, help="discount γ; only the product γλ matters here")
-    style: Literal["recent", "both"] = HfArg(default="both", help="tokens get (γλ)^distance; both: or (γλ)^position")
-    variant: Literal["trace", "weight"] = HfArg(default="trace", help="ε-trace (ratios), or ε-weight (of tokens)")
+    style: Literal["recent", "both"] = HfArg(default="both", help="credit (γλ)^distance; both: at least (γλ)^position")
+    variant: Literal["trace", "weight"] = HfArg(default="trace", help="trace the ratios (ε-trace), or weigh the tokens")
     min_advantage: float = HfArg(default=-0.1, help="smaller advantages are raised to it; --min_advantage=-inf: off")
     loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="weights 1/(G·|o_i|), 1/Σ|o_j|, 1/(G·L_max)")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - clip_low")
-    clip_high: float = HfArg(default=0.2, help="and above at 1 + clip_high (DAPO's clip-higher: 0.28)")
+    clip_high: float = HfArg(default=0.2, help="the ratio is clipped above at 1 + clip_high (DAPO: 0.28)")
     beta: float = HfArg(default=0.0, help="weight of the KL term; above 0 a frozen reference model is loaded")
-    updates_per_batch: int = HfArg(default=1, help="updates made with each batch of completions; 1: exactly on-policy")
+    updates_per_batch: int = HfArg(default=1, help="updates per batch of completions; 1 is exactly on-policy")
     # Data and sampling
-    model: str = HfArg(default=None, help="folder or hub id of a causal LM; none: a tiny one that learns sums")
-    dataset: str = HfArg(default="math", help="training problems: a name eval.py knows, a file or a hub id")
-    eval_dataset: str = HfArg(default=None, help="problems to evaluate on; none: no evaluation")
+    model: str = HfArg(default=None, help="folder or hub id of a causal LM; without it a tiny model learns sums")
+    dataset: str = HfArg(default="math", help="training problems: a name that eval.py knows, a file or a hub id")
+    eval_dataset: str = HfArg(default=None, help="problems for evaluation; without it there is no evaluation")
     group_size: int = HfArg(default=8, help="completions per prompt (G)")
     prompts_per_step: int = HfArg(default=128, help="prompts per step (P), over all ranks")
-    system_prompt: str = HfArg(default=None, help="what stands before each problem; none: asks for steps and a box")
+    system_prompt: str = HfArg(default=None, help="default: asks for step-by-step reasoning and a boxed answer")
     max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped, and counted")
-    max_new_tokens: int = HfArg(default=2048, help="longest completion, in tokens (L_max)")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; the trainer's log-probabilities use it too")
-    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="hf: transformers; auto: vllm on CUDA if there")
-    gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU when it samples, with its weights")
-    enforce_eager: bool = HfArg(default=False, help="vLLM without CUDA graphs: starts sooner, samples more slowly")
-    # Optimisation
-    steps: int = HfArg(default=200, help="training steps: one batch of completions each")
-    lr: float = HfArg(default=1e-6, help="AdamW's learning rate, after the warm-up")
+    max_new_tokens: int = HfArg(default=2048, help="the longest completion, in tokens (L_max)")
+    temperature: float = HfArg(default=1.0, help="of the sampling, and of the trainer's log-probabilities")
+    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="auto: vllm if there is one and a GPU, else hf")
+    gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU while it samples")
+    # Optimization
+    steps: int = HfArg(default=200, help="training steps, each with one batch of completions")
+    lr: float = HfArg(default=1e-6, help="learning rate of AdamW after the warm-up")
     warmup_steps: int = HfArg(default=10, help="steps of linear warm-up")
-    max_grad_norm: float = HfArg(default=1.0, help="a gradient of a larger norm is scaled down to it")
-    tis_cap: float = HfArg(default=2.0, help="importance weights π_old/π_sampler are cut off here; large: never")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass: lower it when memory runs out")
-    compile: bool = HfArg(default=False, help="compile the layers: starts minutes later, steps may be faster on a GPU")
+    max_grad_norm: float = HfArg(default=1.0, help="a gradient with a larger norm is scaled down to it")
+    tis_cap: float = HfArg(default=2.0, help="upper bound of the importance weights π_old/π_sampler")
+    micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass; lower it if memory runs out")
+    compile: bool = HfArg(default=False, help="compile the layers: a slow start, then faster steps on a GPU")
     # The run
-    eval_every: int = HfArg(default=0, help="evaluate every so many steps; 0: only at the end")
-    save_every: int = HfArg(default=20, help="save a checkpoint every so many steps; 0: only at the end")
-    seed: int = HfArg(default=0, help="decides prompts and samples")
-    timeout_minutes: float = HfArg(default=60.0, help="how long a rank waits for the others before the job ends")
-    output_dir: str = HfArg(default=None, help="folder of the run (default: runs/<script>-<time>)")
-    resume: str = HfArg(default=None, help="folder of a run to go on with, from its last checkpoint")
-    wandb: str = HfArg(default=None, help="name of a Weights & Biases project to log to as well")
+    eval_every: int = HfArg(default=0, help="steps between evaluations; 0: only before and after the training")
+    save_every: int = HfArg(default=20, help="steps between checkpoints; 0: only at the end")
+    seed: int = HfArg(default=0, help="decides the order of the prompts and the samples")
+    timeout_minutes: float = HfArg(default=60.0, help="the job ends if a rank waits longer for the others")
+    output_dir: str = HfArg(default=None, help="folder of the run (default: runs/<script>-<time>-<process>)")
+    resume: str = HfArg(default=None, help="folder of a run to be resumed from its last checkpoint")
+    wandb: str = HfArg(default=None, help="name of a Weights & Biases project for the metrics")
 
 
 # 1. Reward ------------------------------------------------------------------------------------------------------------
@@ -118,6 +114,13 @@ def rewards_of(texts, problems, grader):
 
 
 # 2. Advantage, weights, loss ------------------------------------------------------------------------------------------
+#
+# Pure functions of tensors, ready to be copied. Rewards [P, G] and masks [P, G, T] hold whole groups; policy_loss alone
+# accepts any rows [B, T], also of different groups. Completions are right-padded: a mask is ones, then zeros, and its
+# column 0 is the first completion token. Values on padding do not matter, and a row of zeros (a dropped completion) has
+# no weight. The results are float32, or float64 for float64 inputs. token_weights already holds 1/P, so add up the
+# losses of micro-batches, never average them; multiply them by the number of ranks where gradients are averaged over
+# ranks (FSDP, DDP).
 
 def group_advantages(rewards, normalize_std=True):
     """How much better each completion is than its group. rewards [P, G] -> advantages [P, G].
@@ -125,6 +128,7 @@ def group_advantages(rewards, normalize_std=True):
     (R - mean) / (std + 1e-4) with the sample standard deviation (ddof 1), or R - mean (Dr. GRPO). Exactly 0 where the
     rewards differ by less than 1e-6. Example: [[1, 0, 0, 1]] -> [[.866, -.866, -.866, .866]].
     """
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.get_default_dtype()))
     advantages = rewards - rewards.mean(-1, keepdim=True)  # [P, G]
     if normalize_std:
         advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-4)
@@ -133,31 +137,35 @@ def group_advantages(rewards, normalize_std=True):
 
 
 def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
-    """What each token counts in the objective. mask [P, G, T] (1 on completion tokens) -> weights [P, G, T].
+    """The weight w of each token in the objective. mask [P, G, T] (1 on completion tokens) -> weights [P, G, T].
 
-    The normalisers of the table in grpo.py, 1/P included; 0 on padding. num_prompts is P over all ranks (default: the
-    mask's own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
+    The weights of the table in grpo.py, with 1/P; 0 on padding. num_prompts is P over all ranks (default: the mask's
+    own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
     """
-    mask = mask.to(torch.get_default_dtype())  # float32; float64 where tests ask for it
-    group_size = mask.shape[1]
+    mask = mask.to(torch.promote_types(mask.dtype, torch.get_default_dtype()))
+    num_groups, group_size, _ = mask.shape
     lengths = mask.sum(-1, keepdim=True)  # [P, G, 1]
     if loss == "grpo":
-        normaliser = group_size * lengths
+        normalizer = group_size * lengths  # [P, G, 1]
     elif loss == "dapo":
-        normaliser = lengths.sum(1, keepdim=True)  # [P, 1, 1]
-    else:  # dr_grpo
-        normaliser = group_size * max_new_tokens
-    return mask / normaliser / (num_prompts or mask.shape[0])
+        normalizer = lengths.sum(1, keepdim=True)  # [P, 1, 1]
+    elif loss == "dr_grpo":
+        normalizer = torch.tensor(group_size * max_new_tokens)
+    else:
+        raise ValueError(f"loss must be grpo, dapo or dr_grpo, not {loss!r}")
+    return mask / normalizer.clamp(min=1) / (num_prompts or num_groups)
 
 
 def trace(x, decay, style):
     """The eligibility trace y[t] = Σ_l tr(t, l)·x[t - l], l = 0..t (paper eq. 2). x [B, T] -> y [B, T], differentiable.
 
     Column 0 of x is the first completion token; padding is 0. "recent": tr(t, l) = decay^l, a first-order recurrence,
-    solved by log2(T) shifted additions. "both": tr(t, l) = max(decay^l, decay^(t - l)), so with j = t - l it is decay^j
-    for j <= t // 2, which is a prefix sum, and decay^(t - j) after that, the rest of the recent trace. Linear memory.
+    solved by log2(T) shifted additions. "both": tr(t, l) = max(decay^l, decay^(t - l)). With j = t - l that is decay^j
+    for j <= t // 2, a prefix sum, and decay^(t - j) after it, the rest of the recent trace. Memory is linear in T.
     Example: x = [1, 1, 1], decay 1/2: recent [1, 1.5, 1.75], both [1, 2, 2.5].
     """
+    if style not in ("recent", "both"):
+        raise ValueError(f"style must be recent or both, not {style!r}")
     x = x.float() if x.dtype.itemsize < 4 else x  # not in bf16: a trace adds up many small terms
     recent, width = x, 1
     while width < x.shape[-1]:
@@ -172,38 +180,45 @@ def trace(x, decay, style):
 
 
 def trace_weights(mask, decay, style):
-    """What a token counts in all traces of its completion: Σ_{s >= t} tr(s, s - t). mask [B, T] -> [B, T].
+    """The weight of each token in all traces of its completion: Σ_{s >= t} tr(s, s - t). mask [B, T] -> [B, T].
 
-    The transpose of trace, applied to mask: trace is linear, so autograd gives it at any x. 0 on padding.
-    Example: three tokens, decay 1/2: recent [1.75, 1.5, 1], both [3, 1.5, 1].
+    "recent" is a recent trace of the reversed mask. "both": decay^(s - t) is the larger one for s <= 2t, and decay^t
+    after it. 0 on padding. Example: three tokens, decay 1/2: recent [1.75, 1.5, 1], both [3, 1.5, 1].
     """
-    mask = mask.to(torch.get_default_dtype())
-    with torch.enable_grad():
-        ones = torch.ones_like(mask, requires_grad=True)
-        (weights,) = torch.autograd.grad((trace(ones, decay, style) * mask).sum(), ones)
-    return weights * mask
+    mask = mask.to(torch.promote_types(mask.dtype, torch.get_default_dtype()))
+    later = trace(mask.flip(-1), decay, "recent").flip(-1)  # [B, T]: Σ_{s >= t} decay^(s - t)
+    if style == "recent":
+        return later * mask
+    width = mask.shape[-1]
+    t = torch.arange(width, device=mask.device)  # [T]
+    count = mask.flip(-1).cumsum(-1).flip(-1)  # [B, T]: tokens from t on
+    count, beyond = (F.pad(x, (0, width))[..., 2 * t + 1] for x in (count, later))  # [B, T]: those after 2t
+    return (later + decay ** t.to(mask.dtype) * (count - decay * beyond)) * mask
 
 
 def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0,
                 decay=0.99, style="both", variant="trace"):
-    """The clipped surrogate, to be minimised: minus J of the top of the file. decay: γλ; style, variant: as the flags.
+    """The clipped surrogate, to be minimized: minus the J at the top. decay: γλ; style, variant: as the flags.
 
-    logp, old_logp, weights (and ref_logp) [B, T], advantages [B] -> scalar, and sums over the tokens with a weight:
-    {"tokens", "clip_fraction" (where the clip stops the gradient), "kl" (k3 estimate of KL(old || new), not traced),
-    "trace_weight" (of trace_weights)}. Example: two tokens of log-ratio 0.1, decay 1/2, recent: ratios e^0.1, e^0.15.
+    logp, old_logp, weights (and ref_logp) [B, T], advantages [B] or [B, T] -> scalar, and sums over the tokens that
+    have a weight: {"tokens", "clip_fraction" (tokens without a gradient, because of the clip), "kl" (k3 estimate of
+    KL(old || new), not traced), "trace_weight" (of trace_weights)}.
+    Example: two tokens of log-ratio 0.1, decay 1/2, recent: ratios e^0.1, e^0.15.
     """
-    counted = weights > 0  # padding is left out, whatever stands there
+    if variant not in ("trace", "weight"):
+        raise ValueError(f"variant must be trace or weight, not {variant!r}")
+    counted = weights > 0  # [B, T]: not the padding, whose values may be anything
     log_ratio = torch.where(counted, logp - old_logp, 0.0).clamp(max=20)  # exp stays finite
     traced = trace(log_ratio, decay, style).clamp(max=20) if variant == "trace" else log_ratio  # exp stays finite
     ratio = torch.where(counted, traced, 0.0).exp()
-    advantages = advantages[:, None]  # [B, 1]
+    advantages = advantages.view(len(logp), -1)  # [B, 1] or [B, T]
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    credit = trace_weights(counted, decay, style)  # [B, T], for "trace" only a statistic
+    credit = trace_weights(counted, decay, style)  # [B, T]; only a statistic if the ratios are traced
     terms = torch.minimum(unclipped, clipped) * (credit if variant == "weight" else 1.0)  # [B, T]
     loss = -(weights * terms).sum()
     if beta > 0:
-        log_ref = torch.where(counted, ref_logp - logp, 0.0)
+        log_ref = torch.where(counted, ref_logp - logp, 0.0).clamp(max=20)
         loss = loss + beta * (weights * (log_ref.exp() - log_ref - 1)).sum()
     with torch.no_grad():
         kl = log_ratio.exp() - 1 - log_ratio  # 0 on padding
@@ -215,43 +230,55 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """Step on a rank's prompts [P][ids], completions [P·G], rewards [P, G]: all ranks' metrics. λ: variants differ."""
+    """Train on one batch: --updates_per_batch updates. λ: the variants differ in marked lines.
+
+    This rank's prompts [P][ids], completions [P·G], rewards [P, G] -> metrics over all ranks, advantages [P, G].
+    A token has four log-probabilities, all [P·G, T]: the policy's (logp, with gradient), that of the policy before
+    the first update (old_logp), the reference model's (ref_logp) and the one that the sampler drew from (sampler_logp).
+    """
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
-    mask = torch.arange(lengths.max().item(), device=device) < lengths[..., None]  # [P, G, T]
+    mask = torch.arange(lengths.max(), device=device) < lengths[..., None]  # [P, G, T]
     advantages = group_advantages(rewards, normalize_std=args.loss != "dr_grpo")  # λ: [P, G]
     clamped = advantages < args.min_advantage  # λ: [P, G]
     advantages = advantages.clamp(min=args.min_advantage)  # λ: [P, G]
     weights = token_weights(mask, args.loss, args.max_new_tokens, args.prompts_per_step)  # λ: [P, G, T]
-    mask, advantages, weights = mask.flatten(0, 1), advantages.flatten(), weights.flatten(0, 1)  # [P·G, ...]
 
+    # From here on a row is a completion, in the order of the sampler
+    row_mask, row_weights, row_advantages = mask.flatten(0, 1), weights.flatten(0, 1), advantages.flatten()
     starts = torch.tensor([len(ids) for ids in prompts], device=device).repeat_interleave(group_size)  # [P·G]
-    sequences = [torch.tensor(prompts[i // group_size] + c.ids) for i, c in enumerate(completions)]  # [P·G][S]
+    sequences = [torch.tensor(prompts[row // group_size] + c.ids) for row, c in enumerate(completions)]  # [P·G][S]
     sampler_logp = pad_sequence([torch.tensor(c.logps) for c in completions], batch_first=True).to(device)  # [P·G, T]
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
-    plan, totals = micro_batches([len(ids) for ids in sequences], args.micro_batch_tokens, device), Counter()
-    for update in range(args.updates_per_batch):
-        sums = Counter()  # over this rank's tokens (Counter.update adds), named after the means that they become
+    plan = micro_batches([len(ids) for ids in sequences], args.micro_batch_tokens, device)
+    updates = []  # the statistics of each update
+    while len(updates) < args.updates_per_batch:
+        sums = {}  # each statistic, summed over the tokens of this rank
         for rows in plan:
-            part = rows, slice(max(len(completions[row].ids) for row in rows))  # x[part]: B rows, to their longest
+            width = max(len(completions[row].ids) for row in rows)  # T of this micro-batch
+            is_token = row_mask[rows, :width]  # [B, T]
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
-            logp, entropy = policy(input_ids, starts[rows], mask[part])  # [B, T], [B, T] (without gradient)
-            if update == 0:
-                old_logp[part] = logp.detach()
-                with torch.no_grad():
-                    ref_logp[part] = reference(input_ids, starts[rows], mask[part])[0] if reference else 0.0
-            # Truncated importance sampling: what the sampler drew from is not quite the trainer's π_old
-            gap = torch.where(mask[part], old_logp[part] - sampler_logp[part], 0.0)  # [B, T]
-            importance = gap.exp().clamp(max=args.tis_cap) * mask[part]  # [B, T]
-            advantage, weight = advantages[rows], weights[part] * importance  # λ: [B], [B, T]
+            logp, entropy = policy(input_ids, starts[rows], is_token)  # [B, T], [B, T] (without gradient)
+            if not updates:  # π_old is the policy before the first update
+                old_logp[rows, :width] = logp.detach()
+                if reference:
+                    with torch.no_grad():
+                        ref_logp[rows, :width] = reference(input_ids, starts[rows], is_token)[0]
+            old = old_logp[rows, :width]  # [B, T]
+            # Truncated importance sampling: the sampler's distribution is not exactly the trainer's π_old
+            gap = torch.where(is_token, old - sampler_logp[rows, :width], 0.0)  # [B, T]
+            importance = gap.exp().clamp(max=args.tis_cap) * is_token  # [B, T]
+            advantage, weight = row_advantages[rows], row_weights[rows, :width] * importance  # λ: [B], [B, T]
             loss, stats = policy_loss(
-                logp, old_logp[part], advantage, weight, args.clip_low, args.clip_high, ref_logp[part], args.beta,
+                logp, old, advantage, weight, args.clip_low, args.clip_high, ref_logp[rows, :width], args.beta,
                 decay=args.gamma * args.lam, style=args.style, variant=args.variant,  # λ: the trace
             )
             policy.set_requires_all_reduce(rows is plan[-1])  # over nodes: once an update, not in every micro-batch
-            (loss * WORLD).backward()  # FSDP averages over ranks, the objective is a sum
-            sums.update({**stats, "loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum()})
-            sums.update({"tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()})
+            (loss * WORLD).backward()  # FSDP averages gradients over ranks, but the objective is a sum
+            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum()}
+            stats |= {"tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value
         sums = sum_over_ranks(sums, device)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(sums["loss"] + norm):
@@ -259,33 +286,32 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         if sums["logp_diff"] > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
-        optimizer.zero_grad()  # here, not before: the sampler can use that memory
-        totals.update({**sums, "grad_norm": norm})
+        optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
+        tokens = sums.pop("tokens")
+        means = {name: total / tokens for name, total in sums.items()}  # over the tokens of all ranks
+        updates.append({**means, "loss": sums["loss"], "grad_norm": norm})
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": equal.sum(), "length": lengths.sum() / group_size}
     sums["truncated"] = sum(completion.finish == "length" for completion in completions) / group_size
     sums["advantage_clamped"] = clamped.sum() / group_size  # λ:
     metrics = {name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()}
-    tokens = totals.pop("tokens")
-    for name, total in totals.items():  # means over updates, or over all tokens of all updates
-        metrics[name] = total / (args.updates_per_batch if name in ("loss", "grad_norm") else tokens)
-    return metrics
+    metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    return metrics, advantages
 
 
 # 4. The run -----------------------------------------------------------------------------------------------------------
 
 def main():
-    # Flags and data: what can be wrong is found here, before a model is loaded
-    args = read_flags(Args, SCRIPT, TOY)
-    check_args(args)
+    # Phase 1: flags and data. Bad input ends the program here, before a model is loaded
+    args = parse_args()
     tokenizer = load_tokenizer(args.model)
     data, skipped = load_prompts(args.dataset, "train", tokenizer, args)
     eval_problems = load_prompts(args.eval_dataset, "test", tokenizer, args)[0] if args.eval_dataset else []
     epochs = range(math.ceil(args.steps * args.prompts_per_step / len(data)))  # each has its own order, by the seed
     order = [i for epoch in epochs for i in np.random.default_rng((args.seed, epoch)).permutation(len(data))]
 
-    # Policy, optimizer, sampler. A single process is a process group of one: there is no other path
+    # Phase 2: policy, optimizer, sampler. A single process is a process group of one: there is no other path
     device = join_ranks(args.timeout_minutes)
     policy = load_policy(args, device)
     reference = load_policy(args, device, trainable=False) if args.beta > 0 else None
@@ -294,53 +320,64 @@ def main():
     sampler = (VLLMSampler if vllm else HFSampler)(args, tokenizer, device)
     done = load_checkpoint(policy, optimizer, args.resume) if args.resume else 0
     sampler.load(full_weights(policy, sampler.dtype))
+    run = open_run(args, policy, sampler, device, done)
 
-    say_start(SCRIPT, args, policy, sampler, device)
-    columns = ["step", "reward", "length", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second"]
-    columns.insert(5, "trace_weight")  # λ:
-    run = open_run(args, SCRIPT, done, columns)
-    notices = []  # SIGTERM, from a cluster: finish the step, save, end
-    signal.signal(signal.SIGTERM, lambda *_: notices.append(True))
+    # Phase 3: the loop. SIGTERM, which clusters send, ends it after a step and a checkpoint
+    terminated, starts = [], {}
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     share = args.prompts_per_step // WORLD  # prompts of a rank
     bar = tqdm(range(done + 1, args.steps + 1), SCRIPT, initial=done, total=args.steps, disable=RANK > 0 or None)
 
+    def phase(name):
+        bar.set_postfix_str(name)
+        starts[name] = time.perf_counter()
+
     with Grader() as grader:
-        log_accuracy(run, args, done, sampler, tokenizer, eval_problems, grader)  # on resume: if a kill lost it
+        if eval_problems and not done:
+            accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+            say(f"accuracy before training: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
+        say(" ".join(f"{column:>7}" for column in COLUMNS))
         for step in bar:
-            clock, timeouts = Seconds(bar), grader.timeouts
-            clock.start("sampling")
-            place = (step - 1) * args.prompts_per_step + RANK * share  # of this rank's first prompt
-            chosen = [data[i] for i in order[place : place + share]]
-            prompts, seed = [row["prompt_ids"] for row in chosen], args.seed * 1_000_000_007 + place
+            phase("sampling")
+            timeouts = grader.timeouts
+            first = (step - 1) * args.prompts_per_step + RANK * share  # place of this rank's first prompt in the order
+            rows = [data[i] for i in order[first : first + share]]
+            prompts, seed = [row["prompt_ids"] for row in rows], args.seed * 1_000_000_007 + first
             completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
             sampler.sleep()
 
-            clock.start("grading")
+            phase("grading")
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
-            asked = [row for row in chosen for _ in range(args.group_size)]
-            rewards = torch.tensor(rewards_of(texts, asked, grader), device=device).float().view(share, -1)  # [P, G]
+            problems = [row for row in rows for _ in range(args.group_size)]
+            rewards = torch.tensor(rewards_of(texts, problems, grader), device=device).float().view(share, -1)  # [P, G]
 
-            clock.start("training")
+            phase("training")
             optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
-            metrics = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
+            metrics, advantages = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
+            free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)  # with all that vLLM keeps
 
-            clock.start("syncing")
+            phase("syncing")
             sampler.load(full_weights(policy, sampler.dtype))
 
-            clock.start("logging")
-            counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "notices": len(notices)}, device)
+            phase("logging")
+            counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
             metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"])}
-            metrics |= clock.metrics(tokens=metrics["length"] * args.prompts_per_step * args.group_size)
-            log_step(run, args, metrics, columns, zip(asked, texts, rewards.flatten().tolist()))
-            if step == args.steps or counts["notices"] or (args.save_every and step % args.save_every == 0):
+            times = list(starts.values())
+            metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
+            sampled = metrics["length"] * args.prompts_per_step * args.group_size
+            metrics |= {"tokens_per_second": sampled / (times[-1] - times[0]), "memory_gb": (total - free) / 1e9}
+            due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
+            if eval_problems and due and not counts["terminated"]:
+                metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+            log_step(run, args, metrics, tokenizer, rows[0], completions, rewards[0], advantages[0])
+            if step == args.steps or counts["terminated"] or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(policy, optimizer, run, step)
-            if counts["notices"] and step < args.steps:
-                say(f"SIGTERM: saved after step {step}; go on with --resume {run}")
+            if counts["terminated"] and step < args.steps:
+                say(f"SIGTERM: saved after step {step}; continue with --resume {run}")
                 return
-            log_accuracy(run, args, step, sampler, tokenizer, eval_problems, grader)  # the checkpoint is safe
 
-    save_final(policy, tokenizer, run / "final")
-    say_end(run)
+    save_final(policy, tokenizer, sampler.stops, run / "final")
+    say(f"the model is in {run / 'final'}, metrics.jsonl and samples.jsonl are beside it")
 
 
 # ===== From here on: machinery, the same for every method =============================================================
@@ -348,19 +385,19 @@ def main():
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
 
 class Completion(NamedTuple):
-    ids: list  # token ids, the stop token kept
+    ids: list  # token ids, the stop token included
     finish: str  # "stop", or "length" when max_new_tokens cut it off
     logps: list  # the sampler's own log-probability of each token
 
 
 class HFSampler:
-    """Samples with a loop over transformers' forward, on every rank from an unsharded copy of the model of its own."""
+    """Samples with a loop over the model's forward pass. Each rank has an unsharded copy of the model."""
 
     def __init__(self, args, tokenizer, device):
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=self.dtype, use_safetensors=True)
         self.model, self.max_new_tokens = model.to(device).eval(), args.max_new_tokens
-        self.stops = stop_tokens(model, tokenizer)
+        self.stops = stop_tokens(args.model, tokenizer)
 
     @torch.no_grad()
     def load(self, named_tensors):
@@ -370,18 +407,18 @@ class HFSampler:
             own[name].copy_(tensor)
 
     def sleep(self):
-        """Nothing to give back: the copy stays where it is."""
+        """vLLM frees GPU memory here. This copy stays."""
 
     def __call__(self, prompt_ids, n, seed, temperature):
-        """n Completions of each prompt, prompt by prompt. Number k of prompt i depends on seed + i and k alone, up to
-        rounding, not on what else is sampled with it. Temperature 0 is greedy."""
+        """n Completions per prompt, prompt by prompt. Completion k of prompt i depends on seed + i and k only, up to
+        rounding, not on the other prompts. Temperature 0 is greedy."""
         size = max(1, 256 // n)  # prompts at a time: bounds the memory of the cache
         starts = range(0, len(prompt_ids), size)
         return [c for i in starts for c in self.sample(prompt_ids[i : i + size], n, seed + i, temperature)]
 
     @torch.inference_mode()
     def sample(self, prompts, n, seed, temperature):
-        """B = len(prompts) · n completions, drawn by inverse transform from a uniform number for each token."""
+        """B = len(prompts) · n completions. Inverse transform sampling: one uniform number per token."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -395,19 +432,19 @@ class HFSampler:
         for t in range(self.max_new_tokens):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-            if t == 0:  # a prompt's keys and values are computed once, and serve its n completions
+            if t == 0:  # a prompt's keys and values are computed once, for all of its n completions
                 cache.batch_repeat_interleave(n)
                 logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions[:, -1:]))
             logp = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
             ids = logp.argmax(-1, keepdim=True)  # [B, 1]
             if temperature > 0:
-                below = logp.double().exp().cumsum(-1)  # in float32 the tail of a large vocabulary would be lost
+                below = logp.double().exp().cumsum(-1)  # float32 would lose the tail of a large vocabulary
                 ids = torch.searchsorted(below, uniform[rows, t, None] * below[:, -1:], right=True)
             drawn[rows, t], logps[rows, t], lengths[rows] = ids[:, 0], logp.gather(-1, ids)[:, 0], t + 1
             going = ~torch.isin(ids[:, 0], stops)  # [B]
             if not going.any():
                 break
-            if not going.all():  # finished rows leave
+            if not going.all():  # finished rows leave the batch
                 cache.batch_select_indices(going.nonzero()[:, 0])
                 ids, mask, rows, positions = (x[going] for x in (ids, mask, rows, positions))
             mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
@@ -416,14 +453,26 @@ class HFSampler:
 
 
 class VLLMSampler:
-    """Samples with vLLM, an engine on every rank. Between sleep and the next load it holds no GPU memory."""
+    """Samples with a vLLM engine on every rank. Between sleep and the next load it holds no GPU memory."""
 
     def __init__(self, args, tokenizer, device):
-        self.on_gpu, self.max_new_tokens = device.type == "cuda", args.max_new_tokens
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where new weights can reach it
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
+
+        self.on_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.engine = start_vllm(
-            args.model, args, self.dtype, args.max_prompt_tokens + args.max_new_tokens, enable_sleep_mode=self.on_gpu,
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+        self.stops = stop_tokens(args.model, tokenizer)
+        self.params = partial(  # logprobs=0: of the drawn token alone
+            vllm.SamplingParams, max_tokens=args.max_new_tokens, stop_token_ids=self.stops, detokenize=False,
+            logprobs=0, flat_logprobs=True,
+        )
+        self.engine = vllm.LLM(
+            args.model, dtype=self.dtype, seed=args.seed, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+            distributed_executor_backend="external_launcher" if WORLD > 1 else None,
+            gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=not self.on_gpu,
+            enable_sleep_mode=self.on_gpu,
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, with its temperature
         )
         self.sleep()
 
@@ -431,25 +480,22 @@ class VLLMSampler:
     def load(self, named_tensors):
         """Take over new weights: (name, full tensor) pairs. Wakes the engine."""
         if self.on_gpu:
-            torch.cuda.empty_cache()  # what the training has left, the engine needs
+            torch.cuda.empty_cache()  # the engine needs what the training no longer does
             self.engine.wake_up(tags=["weights"])
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         if self.on_gpu:
             self.engine.wake_up(tags=["kv_cache"])
-        self.engine.reset_prefix_cache()  # its keys and values are the old weights'
+        self.engine.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def sleep(self):
-        """Give the GPU's memory back, until load."""
+        """Free the GPU's memory until the next load."""
         if self.on_gpu:
             self.engine.sleep(level=2)
 
     def __call__(self, prompt_ids, n, seed, temperature):
-        """As HFSampler's, from other random numbers: completion k of prompt i has the seed (seed + i)·n + k."""
-        from vllm import SamplingParams
-
-        how = dict(n=n, temperature=temperature, max_tokens=self.max_new_tokens, detokenize=False)
-        how |= dict(logprobs=0, flat_logprobs=True)  # of the drawn token alone, in one list
-        params = [SamplingParams(seed=(seed + i) * n, **how) for i in range(len(prompt_ids))]
+        """Like HFSampler, with other random numbers: completion k of prompt i has the seed (seed + i)·n + k."""
+        seeds = [(seed + i) * n % 2**62 for i in range(len(prompt_ids))]
+        params = [self.params(n=n, temperature=temperature, seed=own) for own in seeds]
         done = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
         return [Completion(list(o.token_ids), o.finish_reason, o.logprobs.logprobs) for r in done for o in r.outputs]
 
@@ -457,11 +503,11 @@ class VLLMSampler:
 # 6. Policy, micro-batches, ranks --------------------------------------------------------------------------------------
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward returns log-probabilities of given tokens, never the logits.
+    """A causal language model whose forward pass returns log-probabilities of given tokens, never the logits.
 
     The head runs in checkpointed chunks of 512 tokens: [B, T, vocabulary] logits would be the largest tensor by far.
-    It is the root of FSDP, so that embeddings and head are gathered around this forward. No attention mask is needed:
-    the padding is on the right, where causal attention never sees it.
+    This module is the root of FSDP, so embeddings and head are gathered around its forward pass. No attention mask is
+    needed: the padding is on the right, where causal attention never sees it.
     """
 
     def __init__(self, model, temperature):
@@ -483,10 +529,10 @@ class Policy(torch.nn.Module):
         """hidden [N, H], targets [N] -> log-probabilities [N] in float32, entropies [N] without gradient."""
         logits = self.model.get_output_embeddings()(hidden).float().div_(self.temperature)  # [N, V]
         logp = logits.log_softmax(-1)  # [N, V]
-        chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
-        with torch.no_grad():  # behind all that needs a gradient: so the backward pass does not compute it again
+        own = logp.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.no_grad():  # last, so that checkpointing does not compute it a second time
             entropy = -torch.linalg.vecdot(logp.exp(), logp)
-        return chosen, entropy
+        return own, entropy
 
 
 def load_policy(args, device, trainable=True):
@@ -504,8 +550,8 @@ def load_policy(args, device, trainable=True):
         if device.type == "cuda" and trainable:  # its activations are computed again in the backward pass
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
-    mesh = init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh["shard"] if WORLD == local else mesh  # FSDP would keep all gradients twice, for replicas not there
+    mesh = dist.init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if WORLD == local else mesh  # one node: no second copy of the gradients, to be all-reduced
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     for module in [*layers, policy]:  # after a forward pass the root stays whole for the backward pass, if there is one
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
@@ -513,42 +559,153 @@ def load_policy(args, device, trainable=True):
 
 
 def full_weights(policy, dtype):
-    """(name, full tensor) of every weight, one at a time, tied ones under each of their names. On all ranks."""
+    """(name, full tensor) of every weight, one at a time, tied ones under each of their names. All ranks take part."""
     for name, tensor in policy.model.state_dict().items():
         yield name, tensor.to(dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def micro_batches(lengths, budget, device):
-    """Cut sequences into micro-batches [row, ...] of rows × longest ≤ budget tokens, or of one longer row.
+    """Sort sequences by length and cut them into micro-batches [row, ...] of at most `budget` tokens with padding.
 
-    Sorted by length, and cut where padding would pass a sixteenth of the budget. All ranks get the same number, or FSDP
-    would wait for ever: a rank that is short of them halves its largest.
+    A longer sequence is alone. A micro-batch also ends where its padding would pass a sixteenth of the budget. All
+    ranks get the same number of them, otherwise FSDP would deadlock: a rank with too few splits its largest.
     """
     plan = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        padding = sum(lengths[row] - lengths[other] for other in plan[-1])  # in all, with this row
+        padding = sum(lengths[row] - lengths[other] for other in plan[-1])  # with this row
         if plan[-1] and ((len(plan[-1]) + 1) * lengths[row] > budget or padding > budget // 16):
             plan.append([])
         plan[-1].append(row)
     count = torch.tensor(len(plan), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
-    while len(plan) < count:  # all ranks have equally many rows, so there is one to halve
+    while len(plan) < count:  # all ranks have the same number of rows, so there is always one to split
         plan.sort(key=len)
         rows = plan.pop()
         plan += [rows[::2], rows[1::2]]
     return plan
 
 
-# 7. Checkpoints and flags ---------------------------------------------------------------------------------------------
+def join_ranks(timeout_minutes):
+    """Join torchrun's process group, or make one of this process alone. Returns this rank's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+    return device
 
-TOY = dict(  # what changes when no --model is given: a run of a minute on a laptop; explicit flags win over it
+
+def sum_over_ranks(values, device):
+    """{name: number} -> {name: sum over all ranks}."""
+    totals = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return dict(zip(values, totals.tolist()))
+
+
+# 7. Flags, the run's folder, checkpoints ------------------------------------------------------------------------------
+
+TOY = dict(  # what changes without --model: a run of half a minute on a laptop; explicit flags win over it
     model=str(Path(__file__).with_name("tests") / "tiny"), dataset="arithmetic", eval_dataset="arithmetic", steps=25,
     prompts_per_step=16, max_new_tokens=48, lr=1e-4, warmup_steps=5, save_every=10,
 )
+COLUMNS = ["step", "reward", "zero_variance", "length", "truncated", "entropy", "grad_norm"]  # of the table on screen
+COLUMNS.append("trace_weight")  # λ:
+
+
+def parse_args():
+    """The flags over those of the resumed run, or without --model over TOY, over the defaults. All are checked."""
+    about = f"{__doc__.splitlines()[0]} Without --model: {TOY}"
+    parser = HfArgumentParser(Args, prog=f"{SCRIPT}.py", description=about, allow_abbrev=False)
+    parser.error = fail
+    given = parser.parse_args()
+    saved = {} if given.model else TOY
+    if given.resume:
+        check(checkpoints(given.resume), f"--resume {given.resume}: no checkpoint there, so start a new run")
+        saved = json.loads(Path(given.resume, "args.json").read_text())
+        check(saved.pop("script") == SCRIPT and given.model in (None, saved["model"]),
+              f"--resume {given.resume}: that run is of another script or model; start a new run without --resume")
+        check(not given.output_dir, "--resume continues in the folder of its run: leave --output_dir out")
+    parser.set_defaults(**saved)
+    args = Args(**vars(parser.parse_args()))
+
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and name != "min_advantage":  # λ:
+            least = int(name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens"))
+            check(least <= value < math.inf, f"--{name} {value}: must be a number, {least} or above")
+    for name in ("temperature", "max_grad_norm", "timeout_minutes", "gpu_memory_utilization"):
+        check(getattr(args, name) > 0, f"--{name} must be above 0")
+    check(args.seed < 2**32, "--seed must be below 2**32")
+    check(args.gpu_memory_utilization < 1, "--gpu_memory_utilization must be below 1")
+    check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions of one prompt")
+    check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
+    check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
+    check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
+    check(not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb")
+    check(args.gamma <= 1 and args.lam <= 1, "--gamma and --lam must be in [0, 1]")  # λ:
+    check(args.min_advantage <= 0, "--min_advantage must be 0 or below; --min_advantage=-inf does not clamp")  # λ:
+    check(not args.output_dir or not Path(args.output_dir, "metrics.jsonl").exists(),
+          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it")
+    check(not args.resume or int(checkpoints(args.resume)[-1].name[5:]) <= args.steps, "--resume: it is past --steps")
+    return args
+
+
+def open_run(args, policy, sampler, device, done):
+    """Make the run's folder, or cut a resumed one back to its first `done` steps. Returns its path, on all ranks."""
+    name = [args.resume or args.output_dir or f"runs/{SCRIPT}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+    dist.broadcast_object_list(name)  # the clocks of the ranks may differ
+    run = Path(name[0])
+    if RANK == 0:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
+            shutil.rmtree(part)
+        for path in (run / "metrics.jsonl", run / "samples.jsonl"):
+            with open(path, "ab+") as file:
+                file.seek(0)
+                rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
+                file.truncate(sum(map(len, rows)))
+        aside = run / "args.json.part"
+        aside.write_text(json.dumps({"script": SCRIPT, **vars(args), "resume": None}, indent=1))
+        aside.rename(run / "args.json")
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    gigabytes = 16e-9 * size / int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # the ranks of a node share them
+    say(f"{SCRIPT}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
+        f"{type(sampler).__name__}; weights, gradients and AdamW take {gigabytes:.2f} GB per rank")
+    say(f"steps {done + 1} to {args.steps}, written to {run}")
+    return run
+
+
+def log_step(run, args, metrics, tokenizer, problem, completions, rewards, advantages):
+    """Print a step's row of the table; append its metrics, and its first group, to the files of the run."""
+    say(" ".join(f"{metrics[name]:{max(7, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
+    if "eval_accuracy" in metrics:
+        say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} (greedy)")
+    if RANK == 0:
+        group = [completion.ids for completion in completions[: args.group_size]]
+        sample = {
+            "step": metrics["step"], "problem": problem["problem"], "answer": problem["answer"], "ids": group,
+            "completions": tokenizer.batch_decode(group, skip_special_tokens=True),
+            "pieces": [tokenizer.batch_decode([[token] for token in ids]) for ids in group],
+            "rewards": rewards.tolist(), "advantages": advantages.tolist(),
+        }
+        for name, row in (("metrics.jsonl", metrics), ("samples.jsonl", sample)):
+            with open(run / name, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        if args.wandb:
+            import wandb
+
+            wandb.init(project=args.wandb, name=run.name, config=vars(args))  # returns the run if there is one
+            wandb.log(metrics, step=metrics["step"])
+
+
+def checkpoints(run):
+    """The whole checkpoints in a run's folder, oldest first."""
+    return sorted(Path(run, "checkpoints").glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
 
 
 def weights_once(module):
-    """Weights and buffers by name, tied ones under their first name alone, as a file should hold them."""
+    """Weights and buffers by name, tied ones under their first name only, as a file should hold them."""
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
@@ -560,12 +717,7 @@ def state_of(policy, optimizer):
 def save_checkpoint(policy, optimizer, run, step):
     """Write checkpoints/step_N: aside, then renamed, so that a folder of that name is whole. The last two are kept."""
     aside = run / "checkpoints" / f"step_{step}.part"
-    try:
-        dcp.save(state_of(policy, optimizer), checkpoint_id=aside)  # every rank its shards
-    except dcp.CheckpointException as error:  # all ranks get it, whichever of them could not write
-        reason, free = next(iter(error.failures.values()))[0], shutil.disk_usage(run).free / 1e9
-        fail(f"checkpoint step_{step} was not written ({free:.2f} GB free; {reason}); what was saved before is whole: "
-             f"make room, then --resume {run}", 1)
+    dcp.save(state_of(policy, optimizer), checkpoint_id=aside)  # every rank its shards
     if RANK == 0:
         aside.rename(aside.with_suffix(""))
         for old in checkpoints(run)[:-2]:
@@ -573,41 +725,37 @@ def save_checkpoint(policy, optimizer, run, step):
 
 
 def load_checkpoint(policy, optimizer, run):
-    """Restore the last whole checkpoint, by whatever number of ranks it was saved. Returns its step."""
+    """Restore the last whole checkpoint, whatever the number of ranks that saved it. Returns its step."""
     newest, state = checkpoints(run)[-1], state_of(policy, optimizer)
-    dcp.load(state, checkpoint_id=newest)  # in place, as far as the weights go
+    dcp.load(state, checkpoint_id=newest)  # the weights in place
     states.set_optimizer_state_dict(policy, optimizer, state["optimizer"])
     return int(newest.name[5:])
 
 
-def save_final(policy, tokenizer, folder):
-    """The model as transformers and vLLM load it, in the type it came in. Rank 0 holds it whole for a moment."""
-    policy.to(policy.model.config.dtype)
-    once, gathered = weights_once(policy.model), full_weights(policy, policy.model.config.dtype)  # on all ranks
-    weights = {name: tensor.cpu() for name, tensor in gathered if RANK == 0 and name in once}
+def save_final(policy, tokenizer, stops, folder):
+    """Save the model as transformers and vLLM load it, in its original dtype. Rank 0 holds it whole for a moment."""
+    model, dtype = policy.model, policy.model.config.dtype
+    policy.to(dtype)
+    once, weights = weights_once(model), {}
+    for name, tensor in full_weights(policy, dtype):  # all ranks take part
+        if RANK == 0 and name in once:
+            weights[name] = tensor.cpu()
     if RANK == 0:
-        policy.model.save_pretrained(folder, state_dict=weights)
+        model.generation_config = GenerationConfig(eos_token_id=stops)  # not the old model's top-p, top-k, penalties
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-
-
-def check_args(args):
-    """End the program with one line where a flag's value makes no sense."""
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and name != "min_advantage":  # λ:
-            least = int(name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens"))
-            check(least <= value < math.inf, f"--{name} {value}: must be a number, {least} or above")
-    for name in ("temperature", "max_grad_norm", "timeout_minutes", "gpu_memory_utilization"):
-        check(getattr(args, name) > 0, f"--{name} must be above 0")
-    check(args.gpu_memory_utilization < 1, "--gpu_memory_utilization must be below 1")
-    check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions of one prompt")
-    check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
-    check(args.gamma <= 1 and args.lam <= 1, "--gamma and --lam must be in [0, 1]")  # λ:
-    check(args.min_advantage <= 0, "--min_advantage must be 0 or below; --min_advantage=-inf does not clamp")  # λ:
-    check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
-    check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
-    check(not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb")
+        for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+            file.chmod((folder / "config.json").stat().st_mode)
 
 
 if __name__ == "__main__":
-    with ending():
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted: --resume continues from the last checkpoint", 130))
+    try:
         main()
+    except BaseException as error:
+        if not torch.cuda.is_initialized():
+            raise
+        code = error.code if isinstance(error, SystemExit) else sys.excepthook(*sys.exc_info()) or 1
+        os._exit(code)  # on a GPU the teardown would wait for ranks that may never come
+    if "vllm" not in sys.modules:  # vLLM does it itself
+        dist.destroy_process_group()
