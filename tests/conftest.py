@@ -20,7 +20,7 @@ SCRIPTS = [name for name in ("grpo", "grpo_lambda_traces", "lambda_grpo_learnabl
            if (ROOT / f"{name}.py").exists()]
 UNTIMED = ("seconds_", "tokens_per_second", "memory_gb")  # what differs between two runs of the same thing
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would its children
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: bit for bit the same here and in the runs launched below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

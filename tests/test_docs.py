@@ -1,4 +1,4 @@
-"""README.md and tests/README.md against the code: commands run, what is named exists, figures have a command."""
+"""The three README.md pages against the code: commands run, what is named exists, figures have a command."""
 
 import argparse
 import importlib
@@ -15,18 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, launch, metrics
-from patched import PAPERS, patched
+from papers.make import PAPERS, patched
 from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser
 
 import eval as evaluation
 
-PAGES = [(ROOT / "README.md").read_text(), (ROOT / "tests" / "README.md").read_text()]
+PLACES = [ROOT, ROOT / "tests", ROOT / "tests" / "measure"]  # each has a page
+PAGES = [(place / "README.md").read_text() for place in PLACES]
 README = "\n".join(PAGES)
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 FENCED = FENCE.findall(README)  # [(language, content)]
 SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", README))]
-SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")] if path.name != "test_docs.py"]
+SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")] if path.name != "test_docs.py"]
 CODE = "\n".join(path.read_text() for path in SOURCES)
 FILES = "py|txt|md|json|png|sh|toml|ya?ml"  # what names of files end in
 OTHER_FLAGS = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # sbatch's
@@ -182,7 +183,7 @@ HOW = [  # how a command is covered: the first pattern that fits says it
     (PYTHON + r" (" + "|".join(SCRIPTS + PAPERS) + r")\.py\b", training),
     (r"(srun .*)?torchrun ", torchrun),
     (PYTHON + r" eval\.py\b", evaluating),
-    (PYTHON + r" tests/\w+\.py\b", measuring),
+    (PYTHON + r" tests/[\w/]+\.py\b", measuring),
     (r"(\S+/)?pip install ", installing),
     (PYTHON + r" -m (venv|pytest) ", naming),
     (r"(cp|diff|patch|cd|git clone|source) ", naming),

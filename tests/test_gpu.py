@@ -1,61 +1,60 @@
-"""gpu.py runs on a CPU and says what it did not run; fits.py counts what torch's allocator hands out."""
+"""gpu.py runs on a CPU and names the items that it did not run; --fits counts what torch's allocator hands out."""
 
-import inspect
 import json
 import re
 
-import fits
 import gpu
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from conftest import launch
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 
-CASE = {"rows": 2, "prompt": 16, "completion": 800}  # more than a chunk of the head
-WIDE = fits.config_of("tiny")  # so wide that the peak is in a layer's backward pass, and not in the head
+CASE = 2, 16, 800  # rows, prompt, completion: more than a chunk of the head
+WIDE = gpu.config_of("tiny")  # so wide that the peak is in a layer's backward pass, and not in the head
 WIDE.intermediate_size, WIDE.vocab_size = 1024, 512
 
 
 @pytest.mark.long
 def test_every_item_runs_on_a_cpu_as_far_as_it_can(tmp_path):
-    done = launch(["tests/gpu.py", "--quick", "--json", tmp_path / "gpu.json"])
+    names = [item.__name__ for item in gpu.ITEMS if item not in (gpu.toy, gpu.compiled)]  # tested elsewhere, for minutes
+    done = launch(["tests/measure/gpu.py", "--only", ",".join(names), "--json", tmp_path / "gpu.json"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     items = json.loads((tmp_path / "gpu.json").read_text())["items"]
-    assert list(items) == [item.__name__ for item in gpu.ITEMS]
+    assert list(items) == names
     for name, row in items.items():
-        assert re.search(rf"^{row['verdict']} +{name} ", done.stdout, re.M)
-        assert "--quick" in row["text"] if name in ("vllm", "compiled", "toy", "resume") else row["numbers"]
+        assert re.search(rf"^{row['verdict']} +{name} ", done.stdout, re.M) and row["numbers"]
         if not torch.cuda.is_available():
-            assert row["verdict"] == "not run" and ("no GPU" in row["text"] or "--quick" in row["text"])
+            assert row["verdict"] == "not run" and row["text"].startswith("no GPU; on this CPU it holds")
 
 
 def test_an_item_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys, tmp_path):
-    ran = []
-
     def broken(here):
         raise RuntimeError("the card\nis on fire")
 
     def fails(here):
         grpo.fail("stopped")
 
-    def fine(here):
-        ran.append(here)
-        return True, {"nan": float("nan")}, "as it should"
+    def outside(here):
+        return {"a": 1.0, "b": 3.0}, {"b": (0, 2)}
 
-    monkeypatch.setattr(gpu, "ITEMS", {broken: "one", fails: "two", fine: "three"})
+    def fine(here):
+        assert list(json.loads((tmp_path / "gpu.json").read_text())["items"]) == ["broken", "fails", "outside"]
+        return {"not_measured": float("nan")}, {"not_measured": (0, 1)}
+
+    monkeypatch.setattr(gpu, "ITEMS", {broken: "one", fails: "two", outside: "three", fine: "four"})
     monkeypatch.setattr("sys.argv", ["gpu.py", "--json", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit) as stop:
         gpu.main()
-    assert stop.value.code == 1 and ran
+    assert stop.value.code == 1 and "3 does not hold" in capsys.readouterr().out
     items = json.loads((tmp_path / "gpu.json").read_text())["items"]
-    assert [row["verdict"] for row in items.values()][:2] == ["does not hold", "does not hold"]
+    assert [row["verdict"] for row in items.values()][:3] == ["does not hold"] * 3
     assert items["broken"]["text"] == "RuntimeError: the card is on fire"
-    assert items["fine"]["numbers"] == {"nan": None} and "2 does not hold" in capsys.readouterr().out
+    assert items["outside"]["text"] == "a 1, b 3 (0 to 2)"
+    assert items["fine"]["verdict"] != "does not hold" and items["fine"]["numbers"] == {"not_measured": None}
 
 
 def test_time_that_kernels_cover():
@@ -64,7 +63,7 @@ def test_time_that_kernels_cover():
 
 def test_operations_are_those_of_the_matrix_products():
     """Against torch's count of a forward and backward pass, whose attention knows no causal half."""
-    config, rows, length = fits.config_of("tiny"), 1, 512
+    config, rows, length = gpu.config_of("tiny"), 1, 512
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config)
     with FlopCounterMode(display=False) as counter:
@@ -74,47 +73,20 @@ def test_operations_are_those_of_the_matrix_products():
     assert masked > 0.1 * counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size", fits.SHAPES)
-def test_parameters_are_counted(size):
-    config = fits.config_of(size)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    total, root = fits.parameters_of(config)
-    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    assert total == sum(parameter.numel() for parameter in model.parameters()) == root + layers
-
-
-def test_wrapped_as_load_policy_does_it():
-    """Line by line, outside what fits.py's docstring says is done by hand."""
-    def lines(function, first):
-        body = [line.split("  #")[0].strip() for line in inspect.getsource(function).splitlines()]
-        return body[next(n for n, line in enumerate(body) if line.startswith(first)) :]
-
-    theirs, ours = lines(grpo.load_policy, "layers ="), lines(fits.wrap, "layers =")
-    assert "fully_shard(module, mesh=mesh" in " ".join(ours)
-    left = [line for line in theirs if line not in ours]
-    assert [re.match(r"\w+", line)[0] for line in left] == ["if", "local", "mesh", "mesh", "precision"], left
-    assert set(ours) - set(theirs) == {"if checkpointing:"}
-    assert "MixedPrecisionPolicy(torch.bfloat16, torch.float32) if" in left[-1]
-
-
 @pytest.fixture(scope="module")
 def alone():
     """The simulation of one rank."""
-    return fits.simulate(WIDE, 1, **CASE)
+    return gpu.simulate(WIDE, 1, *CASE)
 
 
 def test_simulated_peak_is_what_the_allocator_hands_out(alone):
     """The same two micro-batches on real tensors, every allocation counted by the profiler."""
-    simulated, largest = alone
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = transformers.AutoModelForCausalLM.from_config(WIDE, dtype=torch.bfloat16)
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        policy = fits.wrap(model, fits.mesh_of("cpu", 1), precision)
+        policy = gpu.load_policy(gpu.random_model(WIDE), gpu.mesh_of("cpu", 1))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             for _ in range(2):
-                fits.micro_batch(policy, **CASE)
+                gpu.micro_batch(policy, *gpu.full_rows(*CASE))
     finally:
         dist.destroy_process_group()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -122,24 +94,26 @@ def test_simulated_peak_is_what_the_allocator_hands_out(alone):
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    states = sum(simulated[row] for row in ("parameters", "AdamW"))
-    assert sum(simulated.values()) - states == pytest.approx(peak, rel=0.02)
-    assert largest["bytes"] == 2 * 815 * 1024 * 2 and "bfloat16" in largest["what"]  # inside the MLP
+    states = sum(alone[row] for row in ("parameters", "AdamW"))
+    assert sum(alone.values()) - states == pytest.approx(peak, rel=0.02)
 
 
 @pytest.mark.parametrize("ranks", [8, pytest.param(16, marks=pytest.mark.long)])  # one node, two nodes
 def test_each_rank_has_its_share(ranks, alone):
-    parts, _ = fits.simulate(WIDE, ranks, **CASE)
+    parts = gpu.simulate(WIDE, ranks, *CASE)
     for row, size in (("parameters", 4), ("gradients", 4), ("AdamW", 8)):
-        assert parts[row] == pytest.approx(size * fits.parameters_of(WIDE)[0] / 8, rel=0.01), row
-        assert alone[0][row] == pytest.approx(8 * parts[row], rel=0.01)
+        assert parts[row] == pytest.approx(size * gpu.parameters_of(WIDE) / 8, rel=0.01), row
+        assert alone[row] == pytest.approx(8 * parts[row], rel=0.01)
     assert parts["activations and temporaries"] > 0 and parts["gathered layers"] > 0
 
 
-def test_what_does_not_fit_is_named():
-    config = fits.config_of("1.5B")
-    parts = fits.arithmetic(config, 1, 15360)  # 6 + 6 + 12 GB of states, some 30 in all
-    assert fits.fits(config, parts, 24, 0.5, 3072) == "no: states"
-    assert fits.fits(config, parts, 30, 0.5, 3072) == "no: training"
-    assert fits.fits(config, parts, 48, 0.9, 3072) == "no: sampling"
-    assert fits.fits(config, parts, 48, 0.5, 3072) == "yes"
+def test_the_simulated_table(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "simulate", lambda config, ranks, rows, *lengths: {"parameters": 4e9 / ranks, "AdamW": 8e9 / ranks})
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--fits", "0.5B:1,7B:8"])
+    gpu.main()
+    assert [line.split()[-2:] for line in capsys.readouterr().out.splitlines()[2:5]] == [
+        ["4.0", "0.5"], ["8.0", "1.0"], ["12.0", "1.5"]]
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--fits", "7B:12"])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: --fits 7B:12")

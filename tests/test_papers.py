@@ -1,6 +1,6 @@
 """The papers of tests/papers: each patch fits grpo.py, is its paper's by a loop written from the equation, and trains.
 
-After a change of grpo.py: python tests/patched.py --remake, and look at the difference (patched.py says more).
+After a change of grpo.py: python tests/papers/make.py --remake, and look at the difference (its docstring says more).
 """
 
 import ast
@@ -15,12 +15,12 @@ import subprocess
 import sys
 import types
 
-import patched
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY, launch, metrics
-from patched import PAPERS
+from papers import make as patches
+from papers.make import PAPERS
 from step_worker import VARIANTS, run_case, train
 from test_algorithm import LENGTHS, batch, ragged
 from test_run import quick, run_here
@@ -53,7 +53,7 @@ def paper(folder):
     """paper(name): the patched script, imported."""
     def load(name):
         if not (folder / f"{name}.py").exists():
-            patched.patched(name, folder)
+            patches.patched(name, folder)
         return importlib.import_module(name)
     return load
 
@@ -90,7 +90,7 @@ def test_every_patch_is_tested_here():
 @pytest.mark.parametrize("name", PAPERS)
 def test_patch_fits(name, tmp_path):
     """Every hunk at its line; at most 20 changed lines, as README says; the docstring names the paper and the change."""
-    base, text = (ROOT / "grpo.py").read_text(), patched.patched(name, tmp_path).read_text()
+    base, text = (ROOT / "grpo.py").read_text(), patches.patched(name, tmp_path).read_text()
     assert (ROOT / "tests" / "papers" / f"{name}.diff").read_text().startswith(f"--- grpo.py\n+++ {name}.py\n@@ ")
     changed = [line for line in difflib.unified_diff(code(base), code(text), n=0, lineterm="") if line[:1] in "+-"][2:]
     assert 0 < len(changed) <= 20
@@ -107,32 +107,32 @@ def test_a_patch_that_does_not_fit(tmp_path, monkeypatch):
     """One line that names it; --remake moves it, unless what it changes has changed."""
     base, diffs = (ROOT / "grpo.py").read_text(), tmp_path / "papers"
     shutil.copytree(ROOT / "tests" / "papers", diffs)
-    monkeypatch.setattr(patched, "HERE", tmp_path)
-    monkeypatch.setattr(patched, "BASE", tmp_path / "grpo.py")
-    patched.BASE.write_text(base.replace("\nimport math\n", "\nimport cmath\nimport math\n"))
+    monkeypatch.setattr(patches, "HERE", tmp_path / "papers")
+    monkeypatch.setattr(patches, "BASE", tmp_path / "grpo.py")
+    patches.BASE.write_text(base.replace("\nimport math\n", "\nimport cmath\nimport math\n"))
     with pytest.raises(SystemExit, match="^error: gspo.diff does not fit .*offset 1 line[^\n]*$"):
-        patched.patched("gspo", tmp_path)
-    patched.remake("gspo")
-    script = patched.patched("gspo", tmp_path).read_text()
+        patches.patched("gspo", tmp_path)
+    patches.remake("gspo")
+    script = patches.patched("gspo", tmp_path).read_text()
     assert "import cmath" in script and "GSPO eq. 7" in script
-    patched.BASE.write_text(base.replace("    unclipped = ratio * advantages\n", "    unclipped = advantages * ratio\n"))
+    patches.BASE.write_text(base.replace("    unclipped = ratio * advantages\n", "    unclipped = advantages * ratio\n"))
     for exact in (True, False):
         with pytest.raises(SystemExit, match="^error: gspo.diff does not fit [^\n]*FAILED[^\n]*$"):
-            patched.patched("gspo", tmp_path, exact)
+            patches.patched("gspo", tmp_path, exact)
         assert not (tmp_path / "gspo.py").exists()
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(SystemExit, match="^error: [^\n]*needs the program patch[^\n]*$"):
-        patched.patched("gspo", tmp_path)
+        patches.patched("gspo", tmp_path)
 
 
 def test_patched_from_the_shell(tmp_path, monkeypatch):
     """All scripts, into this folder; and --remake leaves patches that fit as they are."""
     shutil.copytree(ROOT / "tests" / "papers", tmp_path / "papers")
-    monkeypatch.setattr(patched, "HERE", tmp_path)
+    monkeypatch.setattr(patches, "HERE", tmp_path / "papers")
     monkeypatch.chdir(tmp_path)
     for flags in ([], ["--remake"]):
-        monkeypatch.setattr(sys, "argv", ["patched.py", *flags])
-        patched.main()
+        monkeypatch.setattr(sys, "argv", ["make.py", *flags])
+        patches.main()
     for name in PAPERS:
         assert (tmp_path / f"{name}.py").read_text().startswith('"""')
         diff = f"papers/{name}.diff"
@@ -512,7 +512,7 @@ def two_ranks(paper_folder, tmp_path_factory):
 def paper_folder(folder):
     """The folder, with all of them in it."""
     for name in PAPERS:
-        patched.patched(name, folder)
+        patches.patched(name, folder)
     return folder
 
 

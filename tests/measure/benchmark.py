@@ -1,0 +1,489 @@
+"""The cost of the scripts, measured side by side: one command, one table.
+
+    python tests/measure/benchmark.py                          all parts
+    python tests/measure/benchmark.py --only sets --quick      one part, small: to see that it runs, not to quote
+    python tests/measure/benchmark.py --only trl --trl ENV/bin/python
+                                          against TRL; ENV: pip install -r requirements.txt trl==1.16.0
+
+  trl       a training step of grpo.py against TRL's GRPOTrainer, equal loss and gradient; a whole step by phase
+  variants  a training step of each variant against grpo.py's
+  trace     eligibility traces (trace) against a T × T matrix: time and peak memory
+  sets      process sets (process_set_sizes) against a trie in Python
+
+The candidates take turns, in alternating order, with one thread. The table has medians and quartiles; a ratio is taken
+in each turn, and then its median and quartiles. Each pair is first shown to compute the same thing.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "tiny"
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for TRL's process
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from eval import Grader, fail, load_problems, load_tokenizer  # noqa: E402
+
+SCRIPTS = ("grpo", "grpo_lambda_traces", "lambda_grpo_learnable", "lambda_grpo_prm")
+TRL = "1.16.0"
+BUDGET = 2048  # tokens of a micro-batch
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+def row(part, text, values, unit=""):
+    """Print a row of the table; values: a list of measurements, or a text."""
+    quartiles = ""
+    if not isinstance(values, str):
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        values, quartiles = f"{median:.3g} {unit}".strip(), f"{low:.3g} to {high:.3g}"
+    print(f"{part:9} {text:75} {values:>10}  {quartiles:>17}".rstrip(), flush=True)
+
+
+def timed(function):
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleaved(functions, repetitions, title):
+    """{name: [what its function returns, once per repetition]}: all in turn, every other time backwards."""
+    results = {name: [] for name in functions}
+    for repetition in tqdm(range(repetitions + 1), title, leave=False, delay=1):
+        for name in list(functions)[:: 1 if repetition % 2 else -1]:
+            result = functions[name]()
+            if repetition > 0:  # the first is to warm up
+                results[name].append(result)
+    return results
+
+
+def seconds_of(functions, repetitions, title):
+    """{name: [seconds of a call, once per repetition]}."""
+    return interleaved({name: lambda f=function: timed(f) for name, function in functions.items()}, repetitions, title)
+
+
+def ratios(results, above, below):
+    """above / below, turn by turn."""
+    return [a / b for a, b in zip(results[above], results[below])]
+
+
+def peak_memory(function):
+    """The bytes of tensors that a call holds at most above those before it, counted by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# Batches and steps ----------------------------------------------------------------------------------------------------
+
+def made_up(prompts, group_size, draw):
+    """A batch: prompts [P] and completions [P·G] of random token ids, of lengths that a function draws, rewards [P·G]."""
+    generator = random.Random(0)
+    word = lambda length: [generator.randint(1, 16) for _ in range(length)]  # noqa: E731
+    completions = [word(draw(generator) - 1) + [0] for _ in range(prompts * group_size)]
+    rewards = [float(generator.random() < 0.5) for _ in completions]
+    return {"prompts": [word(12) for _ in range(prompts)], "completions": completions, "rewards": rewards}
+
+
+def load(name, prompts, group_size, **changes):
+    """(script, args, policy, optimizer) on the tiny model; a training step leaves its weights as they are."""
+    script = importlib.import_module(name)
+    options = {**script.TOY, "group_size": group_size, "prompts_per_step": prompts, "max_grad_norm": 1e9}
+    args = script.Args(**{**options, **changes})
+    policy = script.load_policy(args, torch.device("cpu"))
+    if hasattr(args, "lam_init"):
+        policy.register_buffer("lam", torch.tensor(args.lam_init))
+    return script, args, policy, torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+
+
+def training_step(name, batch, gradients=None, **changes):
+    """A function that makes a training step of a script on the batch, and returns its metrics.
+
+    gradients: a dict that each step fills with the model's gradients by name, or None.
+    """
+    prompts, group_size = batch["prompts"], len(batch["completions"]) // len(batch["prompts"])
+    script, args, policy, optimizer = load(name, len(prompts), group_size, **changes)
+    if gradients is not None:  # the step itself lets go of them
+        parameters = list(policy.model.named_parameters())
+        keep = lambda *_: gradients.update((key, p.grad.full_tensor().clone()) for key, p in parameters)  # noqa: E731
+        optimizer.register_step_pre_hook(keep)
+    rewards = torch.tensor(batch["rewards"]).view(-1, group_size)
+    completions = []
+    for i, ids in enumerate(batch["completions"]):  # an honest sampler reports the policy's own log-probabilities
+        prompt = prompts[i // group_size]
+        inputs = torch.tensor([prompt + ids]), torch.tensor([len(prompt)]), torch.tensor([[True] * len(ids)])
+        with torch.no_grad():
+            logp, _ = policy(*inputs)
+        completions.append(script.Completion(ids, "stop", logp[0].tolist()))
+
+    def step():
+        result = script.train_step(policy, None, optimizer, args, prompts, completions, rewards)
+        return result[0] if isinstance(result, tuple) else result  # metrics, or metrics and advantages
+
+    return step
+
+
+def whole_step(prompts, problems, group_size):
+    """A whole step of grpo.py, as main has it: a function of the seed that returns seconds by phase, and tokens."""
+    script, args, policy, optimizer = load("grpo", len(problems), group_size, micro_batch_tokens=BUDGET)
+    tokenizer, device = load_tokenizer(str(TINY)), torch.device("cpu")
+    sampler, grader = script.HFSampler(args, tokenizer, device), Grader()
+
+    def step(seed):
+        start = time.perf_counter()
+        completions = sampler(prompts, group_size, seed, args.temperature)
+        sampled = time.perf_counter()
+        texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+        asked = [problem for problem in problems for _ in range(group_size)]
+        rewards = torch.tensor(script.rewards_of(texts, asked, grader)).view(len(problems), -1)
+        graded = time.perf_counter()
+        script.train_step(policy, None, optimizer, args, prompts, completions, rewards)
+        trained = time.perf_counter()
+        sampler.load(script.full_weights(policy, sampler.dtype))
+        return {"whole": time.perf_counter() - start, "sampling": sampled - start, "training": trained - graded,
+                "tokens": sum(len(completion.ids) for completion in completions)}
+
+    return step
+
+
+# Against TRL ----------------------------------------------------------------------------------------------------------
+
+def serve_trl(file):
+    """In TRL's environment: one trainer, whose own loop waits before each step to be asked, and times the step.
+
+    A question is a line of JSON on stdin, and so is an answer on stdout, which no other print can reach.
+    """
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    if trl.__version__ != TRL:
+        fail(f"trl {trl.__version__} is not {TRL}")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    work = json.loads(Path(file).read_text())
+    rows, group_size = work["rows"], work["group_size"]
+    total = len(work["problems"]) * group_size
+    tokenizer = AutoTokenizer.from_pretrained(TINY, padding_side="left")
+    current, clock = {}, {}
+
+    def rollout(prompts, trainer):
+        if current["batch"] != "live":  # given
+            batch = work["batches"][current["batch"]]
+            prompt_ids = [ids for ids in batch["prompts"] for _ in range(group_size)]
+            return {"prompt_ids": prompt_ids, "completion_ids": batch["completions"], "logprobs": None}
+        prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+        torch.manual_seed(current["seed"])
+        completion_ids, _ = trainer._generate_single_turn(prompt_ids, None, {}, group_size)
+        current["tokens"] = sum(map(len, completion_ids))
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+    def reward(completions, answer, **_):
+        if current["batch"] != "live":
+            return work["batches"][current["batch"]]["rewards"]
+        return [float(right) for right in grader.grade_all(list(zip(completions, answer)))]
+
+    def watch(name, function):
+        """The same method, its seconds added to the clock."""
+        def watched(*arguments, **options):
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            clock[name] = clock.get(name, 0) + time.perf_counter() - start
+            return result
+        return watched
+
+    class Driver(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            question = sys.stdin.readline()
+            if not question:
+                os._exit(0)  # nothing is to be saved
+            current.clear()
+            current.update(json.loads(question))
+            losses.clear(), clock.clear()
+            clock["start"] = time.perf_counter()
+
+        def on_pre_optimizer_step(self, args, state, control, model, **_):
+            if "gradients" in current:
+                gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+                torch.save((sum(losses).item(), gradients), current["gradients"])
+
+        def on_step_end(self, args, state, control, **_):
+            whole = time.perf_counter() - clock["start"]
+            answer = {"whole": whole, "sampling": clock["sampling"], "tokens": current.get("tokens")}
+            answer["training"] = whole - clock["sampling"] - clock["grading"]
+            print(json.dumps(answer), file=answers, flush=True)
+
+    config = trl.GRPOConfig(
+        output_dir=work["folder"], per_device_train_batch_size=rows, gradient_accumulation_steps=total // rows,
+        num_generations=group_size, max_completion_length=work["max_new_tokens"], loss_type="grpo", beta=0.0,
+        temperature=1.0, epsilon=0.2, num_iterations=1, scale_rewards="group", mask_truncated_completions=False,
+        learning_rate=0.0, weight_decay=0.0, max_grad_norm=1e9, shuffle_dataset=False, max_steps=10**6, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )
+    data = Dataset.from_list([{"prompt": row["problem"], "answer": row["answer"]} for row in work["problems"]])
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    trainer = trl.GRPOTrainer(model, reward, config, data, processing_class=tokenizer, rollout_func=rollout,
+                              callbacks=[Driver()])
+    losses, compute_loss = [], trainer.compute_loss
+
+    def keep_loss(*arguments, **options):
+        losses.append((loss := compute_loss(*arguments, **options)).detach())
+        return loss
+
+    trainer.compute_loss = keep_loss
+    trainer._generate = watch("sampling", trainer._generate)
+    trainer._calculate_rewards = watch("grading", trainer._calculate_rewards)
+    with Grader() as grader:
+        trainer.train()
+
+
+class Trainer:
+    """serve_trl in another interpreter."""
+
+    def __init__(self, python, file):
+        self.errors = open(file.with_suffix(".log"), "w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
+        self.process = subprocess.Popen([python, __file__, "--serve", str(file)], **pipes)
+
+    def ask(self, **question):
+        """The answer. If the process has died, the program ends with the last line it wrote."""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.errors.seek(0)
+            fail(f"TRL: {' '.join(self.errors.read().strip().splitlines()[-1:])}", 1)
+        return json.loads(answer)
+
+
+def agreement(ours, theirs):
+    """Of two (loss, {name: gradient}): the losses' difference, and the gradients' relative to the gradient's norm."""
+    (loss, gradients), (other_loss, others) = ours, theirs
+    flat = lambda tensors: torch.cat([tensors[name].flatten().double() for name in sorted(gradients)])  # noqa: E731
+    return abs(loss - other_loss), ((flat(gradients) - flat(others)).norm() / flat(others).norm()).item()
+
+
+def part_trl(options):
+    """Steps of equal batches; ours in this process, TRL's trainers in theirs."""
+    prompts, group_size = (4, 4) if options.quick else (16, 8)
+    total, repetitions = prompts * group_size, options.repetitions
+    tokenizer, problems = load_tokenizer(str(TINY)), load_problems("arithmetic")[:prompts]
+    encoded = [tokenizer.encode(row["problem"]) for row in problems]  # the tiny model's chat template adds nothing
+    script, args, _, _ = load("grpo", prompts, group_size)
+    sampled = script.HFSampler(args, tokenizer, torch.device("cpu"))(encoded, group_size, 0, 1.0)
+    tail = made_up(prompts, group_size, lambda g: min(240, max(8, int(g.lognormvariate(math.log(60), 0.6)))))
+    batches = {"toy": {**tail, "prompts": encoded, "completions": [completion.ids for completion in sampled]},
+               "long tail": {**tail, "prompts": encoded}}
+    trainers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.trl:
+            for rows in sorted({8, min(32, total), total}):
+                work = {"rows": rows, "group_size": group_size, "problems": problems, "folder": folder,
+                        "max_new_tokens": args.max_new_tokens, "batches": batches}
+                file = Path(folder, f"work_{rows}.json")
+                file.write_text(json.dumps(work))
+                trainers[rows] = Trainer(options.trl, file)
+        try:
+            for case, batch in batches.items():
+                compare_steps(case, batch, trainers, repetitions, folder)
+            compare_phases(encoded, problems, group_size, trainers, repetitions)
+        finally:
+            for trainer in trainers.values():
+                trainer.process.kill()
+    if not trainers:
+        row("trl", f"TRL {TRL}", "not run: --trl names no Python that has it")
+
+
+def compare_steps(case, batch, trainers, repetitions, folder):
+    """Rows of one batch's training step, after loss and gradient have been compared."""
+    kept = {}
+    loss = training_step("grpo", batch, kept, micro_batch_tokens=BUDGET)()["loss"]
+    for rows, trainer in trainers.items():
+        file = Path(folder, "gradients")
+        trainer.ask(batch=case, gradients=str(file))
+        off = agreement((loss, kept), torch.load(file))
+        if not max(off) <= 1e-4:
+            fail(f"{case}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}; not timed", 1)
+        row("trl", f"{case}, {rows} rows: TRL's loss / gradient differs by", f"{off[0]:.0e} / {off[1]:.0e}")
+    ours, whole = f"grpo.py, {BUDGET} tokens per micro-batch", "grpo.py, one micro-batch"
+    steps = {ours: training_step("grpo", batch, micro_batch_tokens=BUDGET),
+             whole: training_step("grpo", batch, micro_batch_tokens=10**9)}
+    functions = {key: lambda step=step: timed(step) for key, step in steps.items()}
+    theirs = {f"TRL, {rows} rows per micro-batch": lambda t=trainer: t.ask(batch=case)["training"]
+              for rows, trainer in trainers.items()}
+    times = interleaved({**functions, **theirs}, repetitions, f"trl: {case}")
+    for key in times:
+        row("trl", f"{case}, {len(batch['completions'])} completions: {key}", times[key], "s")
+    if theirs:
+        fastest = min(theirs, key=lambda key: statistics.median(times[key]))
+        row("trl", f"{case}: grpo.py / fastest {fastest}", ratios(times, ours, fastest))
+        row("trl", f"{case}: grpo.py / TRL, both in one micro-batch", ratios(times, whole, list(theirs)[-1]))
+
+
+def compare_phases(prompts, problems, group_size, trainers, repetitions):
+    """Rows of a whole step, from the same weights and seed; TRL's with 32 rows per micro-batch, or all."""
+    step, seeds = whole_step(prompts, problems, group_size), {"grpo.py": 0, "TRL": 0}
+
+    def run(who):
+        seeds[who] += 1
+        if who == "grpo.py":
+            return step(seeds[who])
+        return trainers[min(32, max(trainers))].ask(batch="live", seed=seeds[who])
+
+    who = ("grpo.py", "TRL") if trainers else ("grpo.py",)
+    results = interleaved({name: lambda name=name: run(name) for name in who}, repetitions, "trl: whole steps")
+    tokens = [str(sum(result["tokens"] for result in results[name])) for name in who]
+    row("trl", f"whole steps, sampled tokens: {', '.join(who)}", " / ".join(tokens))
+    for phase in ("sampling", "training", "whole"):
+        times = {name: [result[phase] for result in results[name]] for name in who}
+        for name in times:
+            row("trl", f"whole step, {phase}: {name}", times[name], "s")
+        if len(times) > 1:
+            row("trl", f"whole step, {phase}: grpo.py / TRL", ratios(times, *who))
+
+
+# The variants and their functions -------------------------------------------------------------------------------------
+
+def part_variants(options):
+    batch = made_up(*((4, 4) if options.quick else (16, 8)), lambda g: g.randint(10, 40))
+    steps = {name: training_step(name, batch) for name in SCRIPTS}
+    times = seconds_of(steps, 2 * options.repetitions, "variants")
+    for name in SCRIPTS:
+        row("variants", f"training step, {len(batch['completions'])} completions: {name}.py", times[name], "s")
+    for name in SCRIPTS[1:]:
+        row("variants", f"{name}.py / grpo.py", ratios(times, name, "grpo"))
+
+
+def by_matrix(x, decay, style):
+    """The trace by a [T, T] matrix of weights, built once for the whole batch: the plain way, at its best."""
+    t = torch.arange(x.shape[-1], dtype=x.dtype)
+    lag = t[:, None] - t  # [T, T]: how far token k lies before token t
+    weights = decay ** lag.clamp(min=0)
+    if style == "both":
+        weights = torch.maximum(weights, decay ** t.expand_as(lag))
+    return x @ (weights * (lag >= 0)).T
+
+
+def part_trace(options):
+    """Forward and backward pass of a trace of [16, T]."""
+    from grpo_lambda_traces import trace
+
+    length = 256 if options.quick else 4096
+    torch.manual_seed(0)
+    x = torch.randn(16, length, requires_grad=True)
+    for style in ("recent", "both"):
+        name, functions, gradients = f"[16, {length}], {style}", {}, {}
+        for way, function in (("trace", trace), ("matrix", by_matrix)):
+            functions[way] = lambda f=function: torch.autograd.grad(f(x, 0.99, style).square().sum(), x)
+            (gradients[way],) = functions[way]()
+        if not torch.allclose(*gradients.values(), rtol=1e-3, atol=1e-3 * gradients["matrix"].abs().max()):
+            fail("trace and the matrix do not compute the same", 1)
+        times = seconds_of(functions, options.repetitions, "trace")
+        for way in times:
+            row("trace", f"{name}: {way}", times[way], "s")
+        row("trace", f"{name}, time: matrix / trace", ratios(times, "matrix", "trace"))
+        memory = {way: peak_memory(function) for way, function in functions.items()}
+        row("trace", f"{name}, memory: trace / matrix", f"{memory['trace'] / memory['matrix']:.3g}")
+
+
+def by_trie(groups):
+    """Process set sizes by a prefix tree of each group's completions: a node is (children, completions through it)."""
+    sizes = []
+    for completions in groups:
+        root, paths = ({}, [0]), []
+        for ids in completions:
+            node, path = root, []
+            for token in ids:
+                node = node[0].setdefault(token, ({}, [0]))
+                node[1][0] += 1
+                path.append(node)
+            paths.append(path)
+        sizes.append([[node[1][0] for node in path] for path in paths])
+    return sizes
+
+
+def part_sets(options):
+    """Each completion starts as one before it, for a random part of its length."""
+    from lambda_grpo_prm import process_set_sizes
+
+    groups, group_size, longest = (4, 4, 64) if options.quick else (64, 16, 1024)
+    generator, data = random.Random(0), [[] for _ in range(groups)]
+    for group in data:
+        for i in range(group_size):
+            ids = [generator.randrange(32_000) for _ in range(generator.randint(longest // 2, longest))]
+            if i:
+                shared = generator.choice(group)[: int(generator.random() ** 2 * len(ids))]
+                ids[: len(shared)] = shared
+            group.append(ids)
+    lengths = torch.tensor([[len(ids) for ids in group] for group in data])
+    mask = torch.arange(longest) < lengths[..., None]  # [P, G, T]
+    padded = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(
+        mask, torch.tensor([token for group in data for ids in group for token in ids]))
+    sizes = process_set_sizes(padded, mask)
+    expected = torch.tensor([size for group in by_trie(data) for ids in group for size in ids])
+    if not torch.equal(sizes[mask].long(), expected):
+        fail("process_set_sizes and the trie do not compute the same", 1)
+    functions = {"process_set_sizes": lambda: process_set_sizes(padded, mask), "trie": lambda: by_trie(data)}
+    times = seconds_of(functions, options.repetitions, "sets")
+    for key in times:
+        name = f"{groups} groups of {group_size} × {longest}, |λ| {expected.float().mean():.1f}: {key}"
+        row("sets", name, times[key], "s")
+    row("sets", "trie / process_set_sizes", ratios(times, "trie", "process_set_sizes"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+PARTS = {"trl": part_trl, "variants": part_variants, "trace": part_trace, "sets": part_sets}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--quick", action="store_true", help="small sizes, two repetitions: no figures to quote")
+    parser.add_argument("--trl", metavar="PYTHON", help=f"interpreter of an environment with trl=={TRL}")
+    parser.add_argument("--repetitions", type=int, default=11, help="of a step (default: 11)")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve_trl(options.serve)
+    if options.repetitions < 2:
+        fail(f"--repetitions {options.repetitions}: must be at least 2")
+    options.repetitions = 2 if options.quick else options.repetitions
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}: "
+          "median, quartiles" + ("; quick: too small to quote" if options.quick else ""))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for part in options.only:
+        PARTS[part](options)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
