@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -49,7 +49,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, HfArgumentParser
-from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # check and fail end the program with one line of error; say prints on rank 0
@@ -58,45 +57,46 @@ from eval import Grader, check, evaluate, fail, load_prompts, load_tokenizer, sa
 SCRIPT = Path(__file__).stem
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE; one without the other means nothing
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+flag = lambda default, help: field(default=default, metadata={"help": help})  # noqa: E731
 
 
 @dataclass  # each field is a flag of the command line
 class Args:
     # The algorithm
-    lam_init: float = HfArg(default=0.0, help="λ at the start; above 0 long completions count more, below 0 short ones")
-    lam_lr: float = HfArg(default=0.1, help="learning rate of λ, for plain gradient steps")
-    length_scale: float = HfArg(default=1 / 9, help="r: how much one standard deviation of length adds to 1")
-    clip_low: float = HfArg(default=0.2, help="the ratio is clipped at 1 - clip_low")
-    clip_high: float = HfArg(default=0.2, help="and at 1 + clip_high (DAPO: 0.28)")
-    beta: float = HfArg(default=0.0, help="weight of the KL term; above 0 needs a reference model")
-    updates_per_batch: int = HfArg(default=1, help="updates per batch; 1 is on-policy")
+    lam_init: float = flag(0.0, "λ at the start; above 0 long completions count more, below 0 short ones")
+    lam_lr: float = flag(0.1, "learning rate of λ, for plain gradient steps")
+    length_scale: float = flag(1 / 9, "r: how much one standard deviation of length adds to 1")
+    clip_low: float = flag(0.2, "the ratio is clipped at 1 - clip_low")
+    clip_high: float = flag(0.2, "and at 1 + clip_high (DAPO: 0.28)")
+    beta: float = flag(0.0, "weight of the KL term; above 0 needs a reference model")
+    updates_per_batch: int = flag(1, "updates per batch; 1 is on-policy")
     # Data and sampling
-    model: str = HfArg(default=None, help="folder or hub id of a causal LM; without it, a tiny one")
-    dataset: str = HfArg(default="math", help="training problems: a name, a file or a hub id")
-    eval_dataset: str = HfArg(default=None, help="problems for evaluation; without it, none")
-    group_size: int = HfArg(default=8, help="completions per prompt (G)")
-    prompts_per_step: int = HfArg(default=128, help="prompts per step (P), over all ranks")
-    system_prompt: str = HfArg(default=None, help="without it: asks for reasoning and a boxed answer")
-    max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped")
-    max_new_tokens: int = HfArg(default=2048, help="longest completion (L_max)")
-    temperature: float = HfArg(default=1.0, help="of the sampler and the trainer")
-    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="auto: vllm on a GPU, if installed")
-    gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU")
+    model: str = flag(None, "folder or hub id of a causal LM; without it, a tiny one")
+    dataset: str = flag("math", "training problems: a name, a file or a hub id")
+    eval_dataset: str = flag(None, "problems for evaluation; without it, none")
+    group_size: int = flag(8, "completions per prompt (G)")
+    prompts_per_step: int = flag(128, "prompts per step (P), over all ranks")
+    system_prompt: str = flag(None, "without it: asks for reasoning and a boxed answer")
+    max_prompt_tokens: int = flag(1024, "longer prompts are skipped")
+    max_new_tokens: int = flag(2048, "longest completion (L_max)")
+    temperature: float = flag(1.0, "of the sampler and the trainer")
+    sampler: Literal["auto", "vllm", "hf"] = flag("auto", "auto: vllm on a GPU, if installed")
+    gpu_memory_utilization: float = flag(0.5, "vLLM's share of the GPU")
     # Optimization
-    steps: int = HfArg(default=200, help="training steps, one batch each")
-    lr: float = HfArg(default=1e-6, help="learning rate after the warm-up")
-    warmup_steps: int = HfArg(default=10, help="steps of linear warm-up")
-    max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down")
-    tis_cap: float = HfArg(default=2.0, help="upper bound of π_old/π_sampler")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass; lower it to save memory")
-    compile: bool = HfArg(default=False, help="compile the layers: slow start, faster steps")
+    steps: int = flag(200, "training steps, one batch each")
+    lr: float = flag(1e-6, "learning rate after the warm-up")
+    warmup_steps: int = flag(10, "steps of linear warm-up")
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down")
+    tis_cap: float = flag(2.0, "upper bound of π_old/π_sampler")
+    micro_batch_tokens: int = flag(16384, "tokens per forward pass; lower it to save memory")
+    compile: bool = flag(False, "compile the layers: slow start, faster steps")
     # The run
-    eval_every: int = HfArg(default=0, help="steps between evaluations; 0: before and after only")
-    save_every: int = HfArg(default=20, help="steps between checkpoints; 0: only at the end")
-    seed: int = HfArg(default=0, help="decides prompts and samples")
-    timeout_minutes: float = HfArg(default=60.0, help="how long ranks wait for each other")
-    output_dir: str = HfArg(default=None, help="folder of the run; without it, a new one in runs/")
-    resume: str = HfArg(default=None, help="folder of a run to continue")
+    eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
+    save_every: int = flag(20, "steps between checkpoints; 0: only at the end")
+    seed: int = flag(0, "decides prompts and samples")
+    timeout_minutes: float = flag(60.0, "how long ranks wait for each other")
+    output_dir: str = flag(None, "folder of the run; without it, a new one in runs/")
+    resume: str = flag(None, "folder of a run to continue")
 
 
 # 1. Reward ------------------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             )
             policy.set_requires_all_reduce(rows is plan[-1])  # over nodes: once an update, not in every micro-batch
             (loss * WORLD).backward()  # FSDP averages gradients over ranks, but the objective is a sum
-            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum()}
-            stats |= {"tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
+            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum(),
+                      "tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
         sums = sum_over_ranks(sums, device)
@@ -251,8 +251,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         dist.all_reduce(lam_grad)  # λ: the sum over all prompts; 1/P is in the weights
         policy.lam -= args.lam_lr * lam_grad  # λ: a step of SGD, apart from AdamW and the gradient clip
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        tokens = sums.pop("tokens")
-        means = {name: total / tokens for name, total in sums.items()}  # over the tokens of all ranks
+        means = {name: total / sums["tokens"] for name, total in sums.items() if name != "tokens"}
         updates.append({**means, "loss": sums["loss"], "grad_norm": norm})
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
@@ -331,14 +330,11 @@ def main():
             phase("logging")
             counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
             metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"])}
-            times = list(starts.values())
-            metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
-            sampled = metrics["length"] * args.prompts_per_step * args.group_size
-            metrics |= {"tokens_per_second": sampled / (times[-1] - times[0]), "memory_gb": (total - free) / 1e9}
+            metrics["memory_gb"] = (total - free) / 1e9
             due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
             if eval_problems and due and not counts["terminated"]:
                 metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
-            log_step(run, args, metrics, tokenizer, rows[0], completions, rewards[0], advantages[0])
+            log_step(run, args, metrics, starts, tokenizer, rows[0], completions, rewards[0], advantages[0])
             if step == args.steps or counts["terminated"] or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(policy, optimizer, run, step)
             if counts["terminated"] and step < args.steps:
@@ -605,7 +601,7 @@ def parse_args():
         changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
         past = changed & {"seed", "dataset", "prompts_per_step", "group_size", "system_prompt", "max_prompt_tokens"}
         check(not past, f"--resume: {', '.join(past)} cannot change within a run")
-        say(f"changed since the start of the run: {', '.join(changed) or 'nothing'}")
+        say(f"changed since the run began: {', '.join(changed) or 'nothing'}")
 
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "lam_init":  # λ:
@@ -643,8 +639,12 @@ def open_run(args, done):
     return run
 
 
-def log_step(run, args, metrics, tokenizer, problem, completions, rewards, advantages):
+def log_step(run, args, metrics, starts, tokenizer, problem, completions, rewards, advantages):
     """Print a step's row of the table; append its metrics, and its first group, to the files of the run."""
+    times = list(starts.values())  # when each phase began
+    metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
+    tokens = metrics["length"] * args.prompts_per_step * args.group_size
+    metrics["tokens_per_second"] = tokens / (times[-1] - times[0])
     say(" ".join(f"{metrics[name]:{max(7, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
     if metrics["step"] == metrics["zero_variance"] == 1:
         say("all groups had equal rewards, so this step taught nothing: read samples.jsonl, is the task too hard?")
