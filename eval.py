@@ -262,7 +262,7 @@ def context_of(model):
 def load_prompts(name, split, tokenizer, args):
     """Problems with their token ids as "prompt_ids", and how many were skipped: without a token, or too long.
 
-    A prompt may have args.max_prompt_tokens, and args.model must have room for it and args.max_new_tokens more.
+    A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
     problems = load_problems(name, split)[: getattr(args, "limit", None)]
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
@@ -272,16 +272,15 @@ def load_prompts(name, split, tokenizer, args):
     lost = [text for text, back in zip(texts, read) if "".join(text.split()) != "".join(back.split())]
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
+    args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
     lengths = [len(row["prompt_ids"]) for row in problems]
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     empty, skipped = lengths.count(0), len(problems) - len(kept)
-    found = f"{name}, {split}: {len(kept)} prompts, {empty} without a token skipped, {skipped - empty} too long"
-    check(kept, f"{found} (--max_prompt_tokens {args.max_prompt_tokens})")
-    context, longest = context_of(args.model), max(len(row["prompt_ids"]) for row in kept)
-    check(longest + args.max_new_tokens <= context,
-          f"{args.model} sees {context} tokens at once, and the longest prompt has {longest}: lower --max_new_tokens "
-          f"to {context - longest}, or --max_prompt_tokens")
-    say(found if skipped else f"{name}, {split}: {len(kept)} prompts")
+    found = f"{name}, {split}: {len(kept)} prompts"
+    if skipped:
+        found += f", skipped: {empty} without a token, {skipped - empty} longer than {args.max_prompt_tokens} tokens"
+    check(kept, f"{found} (a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context)")
+    say(found)
     return kept, skipped
 
 
