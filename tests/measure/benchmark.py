@@ -139,11 +139,7 @@ def training_step(name, batch, gradients=None, **changes):
             logp, _ = policy(*inputs)
         completions.append(script.Completion(ids, "stop", logp[0].tolist()))
 
-    def step():
-        result = script.train_step(policy, None, optimizer, args, prompts, completions, rewards)
-        return result[0] if isinstance(result, tuple) else result  # metrics, or metrics and advantages
-
-    return step
+    return lambda: script.train_step(policy, None, optimizer, args, prompts, completions, rewards)[0]
 
 
 def whole_step(prompts, problems, group_size):

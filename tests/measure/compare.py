@@ -237,19 +237,14 @@ def seeds_of(args, stage):
     return range(FIRST_SEED[stage], FIRST_SEED[stage] + (args.seeds if stage == "seeds" else args.sweep_seeds))
 
 
-def sweep_of(args, task, method):
-    """{rate: mean reward over the sweep's steps and seeds}, of the rates whose runs are there."""
-    found = {}
-    for rate in args.rates:
-        runs = [read(folder_of(args.output, task, method, rate, seed)) for seed in seeds_of(args, "sweep")]
-        if runs and None not in runs:
-            found[rate] = mean([mean_reward(rows) for rows in runs])
-    return found
-
-
 def best_rate(args, task, method):
-    found = sweep_of(args, task, method if method in tuned(args) else method.split()[0])
-    return max(found, key=found.get) if found else args.rates[0]
+    """The rate with the highest mean reward over the sweep's seeds. A variation has that of the script it varies."""
+    method = method if method in tuned(args) else method.split()[0]
+
+    def score(rate):
+        return mean([mean_reward(read(folder_of(args.output, task, method, rate, seed))) for seed in seeds_of(args, "sweep")])
+
+    return max(args.rates, key=score) if args.sweep_seeds else args.rates[0]
 
 
 def keep_settings(folder, settings):
@@ -295,14 +290,12 @@ def run_all(args):
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 def results(args):
-    """{task: {method: runs at its best rate, one a seed, each a list of rows}} of all that are finished."""
-    found = {}
-    for task in args.tasks:
-        for method in methods_of(args, task):
-            rate = best_rate(args, task, method)
-            runs = [read(folder_of(args.output, task, method, rate, seed)) for seed in seeds_of(args, "seeds")]
-            found.setdefault(task, {})[method] = runs
-    return found
+    """{task: {method: runs at its best rate, one per seed, each a list of rows}}."""
+    def runs(task, method):
+        rate = best_rate(args, task, method)
+        return [read(folder_of(args.output, task, method, rate, seed)) for seed in seeds_of(args, "seeds")]
+
+    return {task: {method: runs(task, method) for method in methods_of(args, task)} for task in args.tasks}
 
 
 def steps_to_target(rows, target):
@@ -313,8 +306,7 @@ def steps_to_target(rows, target):
 
 def measures(runs, target):
     """{measure: a number for each seed} of a script's runs. Steps to target: None where it was not reached."""
-    found = {f"final {key}": [mean([row[key] for row in rows[-LAST:]]) for rows in runs]
-             for key in ("reward", "length")}
+    found = {f"final {key}": [mean([row[key] for row in rows[-LAST:]]) for rows in runs] for key in ("reward", "length")}
     found["steps"] = [steps_to_target(rows, target) for rows in runs]
     found["mean reward"] = [mean_reward(rows) for rows in runs]
     wrong = [[row["wrong_length"] for row in rows if row["wrong_length"] is not None] for rows in runs]

@@ -1,4 +1,4 @@
-"""The first script to run on a machine with GPUs: one table says which items hold there, do not hold, or were not run.
+"""The first script to run on a machine with GPUs: a table of items that hold there, do not hold, or were not run.
 
     python tests/measure/gpu.py                                      one GPU, the shape of Qwen2.5-0.5B, some minutes
     python tests/measure/gpu.py --size 1.5B                          another size
@@ -29,7 +29,6 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +45,6 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
@@ -111,7 +109,7 @@ def load_policy(model, mesh, bf16=True, checkpointing=True, compile=False):
     with contextlib.ExitStack() as stack:
         for where, name, new in (
             (grpo.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model),
-            (grpo, "init_device_mesh", lambda *_, **__: mesh), (grpo, "WORLD", nodes * local),
+            (dist, "init_device_mesh", lambda *_, **__: mesh), (grpo, "WORLD", nodes * local),
             (grpo, "MixedPrecisionPolicy", precision), (torch, "allclose", lambda *_, **__: True),
         ):
             stack.enter_context(patch.object(where, name, new))
@@ -126,7 +124,7 @@ def load_policy(model, mesh, bf16=True, checkpointing=True, compile=False):
 def mesh_of(device, ranks):
     """load_policy's mesh: shards inside a node, replicas across nodes."""
     local = min(ranks, NODE)
-    return init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
+    return dist.init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
 
 
 def micro_batch(policy, input_ids, starts, mask):
@@ -214,23 +212,11 @@ def print_memory(config, ranks):
 
 # What the items share -------------------------------------------------------------------------------------------------
 
-def join():
-    """Join torchrun's process group, or make one of this process alone. Returns this rank's device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
-    return device
-
-
 class Here:
     """This machine, and the size that was asked for."""
 
     def __init__(self, size):
-        self.device = join()
+        self.device = grpo.join_ranks(timeout_minutes=10)
         self.gpu = self.device.type == "cuda"
         self.card = torch.cuda.get_device_name() if self.gpu else "no GPU"
         self.size = size if self.gpu else "tiny"
@@ -303,12 +289,7 @@ def training_step(here, longest, compile=False):
     plan = grpo.micro_batches(totals, budget, here.device)
     work = {"tokens": sum(totals), "longest": max(totals), "micro_batches": len(plan)}
     work["operations"] = operations(here.config, totals)
-    return lambda: metrics_of(grpo.train_step(policy, None, optimizer, args, asked, completions, rewards)), work
-
-
-def metrics_of(result):
-    """train_step's metrics, which it returns alone or with the advantages."""
-    return result[0] if isinstance(result, tuple) else result
+    return lambda: grpo.train_step(policy, None, optimizer, args, asked, completions, rewards)[0], work
 
 
 def operations(config, totals):
@@ -451,7 +432,7 @@ def sampler(here):
         numbers[f"tokens_per_second_{turn}"] = sum(len(completion.ids) for completion in completions) / lap()
         engine.sleep()
         rewards = (torch.arange(len(completions), device=here.device) % 2).float().view(len(prompts), -1)
-        metrics = metrics_of(grpo.train_step(policy, None, optimizer, args, prompts, completions, rewards))
+        metrics, _ = grpo.train_step(policy, None, optimizer, args, prompts, completions, rewards)
         numbers["logp_diff"] = max(numbers["logp_diff"], metrics["logp_diff"])
     return numbers, {"logp_diff": (0, 0.05), **({"gb_asleep": (0, 3)} if numbers["vllm"] else {})}
 
