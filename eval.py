@@ -55,7 +55,8 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "minerva": ("math-ai/minervamath", None, "test", "test"),
     "olympiadbench": ("math-ai/olympiadbench", None, "test", "test"),
 }
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE; one without the other means nothing
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 PROBLEMS = {"problem": ("problem", "question", "prompt", "query", "instruction", "input")}  # the first that is there
 ANSWERS = {"answer": ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")}
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -269,6 +270,11 @@ def load_prompts(name, split, tokenizer, args):
     problems = load_problems(name, split)[: getattr(args, "limit", None)]
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
         row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
+    texts = [row["problem"] for row in problems]
+    read = [tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) for text in texts]
+    lost = [text for text, back in zip(texts, read) if "".join(text.split()) != "".join(back.split())]
+    if lost:
+        say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
     lengths = [len(row["prompt_ids"]) for row in problems]
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     empty, skipped = lengths.count(0), len(problems) - len(kept)
@@ -623,7 +629,7 @@ def vllm_sampler(args, tokenizer, device):
 
     engine = vllm.LLM(
         args.model, dtype="bfloat16" if device.type == "cuda" else "float32", seed=args.seed,
-        tensor_parallel_size=args.vllm_tp, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+        max_model_len=args.max_prompt_tokens + args.max_new_tokens,
         distributed_executor_backend="external_launcher" if WORLD > 1 else None,
         gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=device.type == "cpu",
     )
@@ -686,13 +692,12 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="decides the samples (0)")
     parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm if CUDA has it")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (0.9)")
-    parser.add_argument("--vllm_tp", type=int, default=1, help="GPUs that share a vLLM engine (1); not with torchrun")
     parser.add_argument("--out", help="folder for all completions")
     parser.add_argument("--compare", nargs=2, metavar="OUT", help="compare two finished evaluations; needs no --model")
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.n == 1 else 0.6
-    for name in ("n", "limit", "max_new_tokens", "vllm_tp"):
+    for name in ("n", "limit", "max_new_tokens"):
         check(getattr(args, name) is None or getattr(args, name) >= 1, f"--{name} must be at least 1")
     check((args.model is None) != (args.compare is None), "give either --model, or --compare OUT1 OUT2")
     check(0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}")
@@ -700,7 +705,6 @@ def parse_args():
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
     check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
-    check(args.vllm_tp == 1 or WORLD == 1, "--vllm_tp does not work with torchrun: there every rank has its own engine")
     return args
 
 
@@ -737,7 +741,7 @@ def main():
             files[name] = Path(args.out, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
         saved = Path(args.out, "settings.json")
         before = json.loads(saved.read_text()) if saved.exists() else settings
-        check(before == settings, f"--out {args.out} was made with {before}, not with {settings}: choose another folder")
+        check(before == settings, f"--out {args.out} was made with {before}, not {settings}: choose another folder")
         saved.parent.mkdir(parents=True, exist_ok=True)
         saved.write_text(json.dumps(settings))
     import torch
@@ -750,7 +754,7 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-    say(", ".join(f"{name} {value}" for name, value in settings.items()) + f", {'vllm' if vllm else 'hf'}, {WORLD} ranks")
+    say(", ".join(f"{name} {value}" for name, value in {**settings, "ranks": WORLD}.items()))
     missing = [name for name, file in files.items() if not file or not file.exists()]
     sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device) if missing else None
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
@@ -765,9 +769,9 @@ def main():
                 aside = file.with_suffix(".part")
                 aside.write_text("".join(json.dumps(row) + "\n" for row in result["records"]))
                 aside.rename(file)  # a file of that name is whole
-            row = "{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
-            passes = "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items())
-            say(f"{name:<24}  " + (row + "{grader_timeouts:>9}  ").format(**result) + passes)
+            row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}"
+                   "  {grader_timeouts:>9}  ").format(**result)
+            say(f"{name:<24}  {row}" + "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items()))
     if WORLD > 1 and not vllm:  # vLLM does it itself
         dist.destroy_process_group()
 

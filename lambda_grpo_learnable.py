@@ -29,12 +29,13 @@ import shutil
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from eval import Grader, check, evaluate, fail, load_prompts, load_tokenizer, say, stop_tokens
 
 SCRIPT = Path(__file__).stem
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE; one without the other means nothing
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 @dataclass  # each field is a flag of the command line
@@ -64,38 +66,37 @@ class Args:
     lam_init: float = HfArg(default=0.0, help="λ at the start; above 0 long completions count more, below 0 short ones")
     lam_lr: float = HfArg(default=0.1, help="learning rate of λ, for plain gradient steps")
     length_scale: float = HfArg(default=1 / 9, help="r: how much one standard deviation of length adds to 1")
-    clip_low: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - clip_low")
-    clip_high: float = HfArg(default=0.2, help="the ratio is clipped above at 1 + clip_high (DAPO: 0.28)")
-    beta: float = HfArg(default=0.0, help="weight of the KL term; above 0 a frozen reference model is loaded")
-    updates_per_batch: int = HfArg(default=1, help="updates per batch of completions; 1 is exactly on-policy")
+    clip_low: float = HfArg(default=0.2, help="the ratio is clipped at 1 - clip_low")
+    clip_high: float = HfArg(default=0.2, help="and at 1 + clip_high (DAPO: 0.28)")
+    beta: float = HfArg(default=0.0, help="weight of the KL term; above 0 needs a reference model")
+    updates_per_batch: int = HfArg(default=1, help="updates per batch; 1 is on-policy")
     # Data and sampling
-    model: str = HfArg(default=None, help="folder or hub id of a causal LM; without it a tiny model learns sums")
-    dataset: str = HfArg(default="math", help="training problems: a name that eval.py knows, a file or a hub id")
-    eval_dataset: str = HfArg(default=None, help="problems for evaluation; without it there is no evaluation")
+    model: str = HfArg(default=None, help="folder or hub id of a causal LM; without it, a tiny one")
+    dataset: str = HfArg(default="math", help="training problems: a name, a file or a hub id")
+    eval_dataset: str = HfArg(default=None, help="problems for evaluation; without it, none")
     group_size: int = HfArg(default=8, help="completions per prompt (G)")
     prompts_per_step: int = HfArg(default=128, help="prompts per step (P), over all ranks")
-    system_prompt: str = HfArg(default=None, help="default: asks for step-by-step reasoning and a boxed answer")
-    max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped, and counted")
-    max_new_tokens: int = HfArg(default=2048, help="the longest completion, in tokens (L_max)")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of the trainer's log-probabilities")
-    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="auto: vllm if there is one and a GPU, else hf")
-    gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU while it samples")
+    system_prompt: str = HfArg(default=None, help="without it: asks for reasoning and a boxed answer")
+    max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped")
+    max_new_tokens: int = HfArg(default=2048, help="longest completion (L_max)")
+    temperature: float = HfArg(default=1.0, help="of the sampler and the trainer")
+    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="auto: vllm on a GPU, if installed")
+    gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU")
     # Optimization
-    steps: int = HfArg(default=200, help="training steps, each with one batch of completions")
-    lr: float = HfArg(default=1e-6, help="learning rate of AdamW after the warm-up")
+    steps: int = HfArg(default=200, help="training steps, one batch each")
+    lr: float = HfArg(default=1e-6, help="learning rate after the warm-up")
     warmup_steps: int = HfArg(default=10, help="steps of linear warm-up")
-    max_grad_norm: float = HfArg(default=1.0, help="a gradient with a larger norm is scaled down to it")
-    tis_cap: float = HfArg(default=2.0, help="upper bound of the importance weights π_old/π_sampler")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass; lower it if memory runs out")
-    compile: bool = HfArg(default=False, help="compile the layers: a slow start, then faster steps on a GPU")
+    max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down")
+    tis_cap: float = HfArg(default=2.0, help="upper bound of π_old/π_sampler")
+    micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass; lower it to save memory")
+    compile: bool = HfArg(default=False, help="compile the layers: slow start, faster steps")
     # The run
-    eval_every: int = HfArg(default=0, help="steps between evaluations; 0: only before and after the training")
+    eval_every: int = HfArg(default=0, help="steps between evaluations; 0: before and after only")
     save_every: int = HfArg(default=20, help="steps between checkpoints; 0: only at the end")
-    seed: int = HfArg(default=0, help="decides the order of the prompts and the samples")
-    timeout_minutes: float = HfArg(default=60.0, help="the job ends if a rank waits longer for the others")
-    output_dir: str = HfArg(default=None, help="folder of the run (default: runs/<script>-<time>-<process>)")
-    resume: str = HfArg(default=None, help="folder of a run to be resumed from its last checkpoint")
-    wandb: str = HfArg(default=None, help="name of a Weights & Biases project for the metrics")
+    seed: int = HfArg(default=0, help="decides prompts and samples")
+    timeout_minutes: float = HfArg(default=60.0, help="how long ranks wait for each other")
+    output_dir: str = HfArg(default=None, help="folder of the run; without it, a new one in runs/")
+    resume: str = HfArg(default=None, help="folder of a run to continue")
 
 
 # 1. Reward ------------------------------------------------------------------------------------------------------------
@@ -205,7 +206,8 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     sequences = [torch.tensor(prompts[row // group_size] + c.ids) for row, c in enumerate(completions)]  # [P·G][S]
     sampler_logp = pad_sequence([torch.tensor(c.logps) for c in completions], batch_first=True).to(device)  # [P·G, T]
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
-    plan = micro_batches([len(ids) for ids in sequences], args.micro_batch_tokens, device)
+    teaches = [args.beta > 0 or advantage != 0 for advantage in row_advantages.tolist()]  # the others have no gradient
+    plan = micro_batches([len(ids) for ids in sequences], teaches, args.micro_batch_tokens, device)
     updates = []  # the statistics of each update
     while len(updates) < args.updates_per_batch:
         sums = {}  # each statistic, summed over the tokens of this rank
@@ -286,7 +288,9 @@ def main():
     sampler = (VLLMSampler if vllm else HFSampler)(args, tokenizer, device)
     done = load_checkpoint(policy, optimizer, args.resume) if args.resume else 0
     sampler.load(full_weights(policy, sampler.dtype))
-    run = open_run(args, policy, sampler, device, done)
+    run, size = open_run(args, done), sum(parameter.numel() for parameter in policy.parameters())
+    say(f"{SCRIPT}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
+        f"{type(sampler).__name__}; steps {done + 1} to {args.steps}, written to {run}")
 
     # Phase 3: the loop. SIGTERM, which clusters send, ends it after a step and a checkpoint
     terminated, starts = [], {}
@@ -311,20 +315,19 @@ def main():
             prompts, seed = [row["prompt_ids"] for row in rows], args.seed * 1_000_000_007 + first
             completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
             sampler.sleep()
-
             phase("grading")
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
             problems = [row for row in rows for _ in range(args.group_size)]
-            rewards = torch.tensor(rewards_of(texts, problems, grader), device=device).float().view(share, -1)  # [P, G]
-
+            rewards = rewards_of(texts, problems, grader)
+            good = len(rewards) == len(texts) and all(value is not None and math.isfinite(value) for value in rewards)
+            check(good, "rewards_of must return one finite number per completion")
+            rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
             phase("training")
             optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
             metrics, advantages = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
             free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)  # with all that vLLM keeps
-
             phase("syncing")
             sampler.load(full_weights(policy, sampler.dtype))
-
             phase("logging")
             counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
             metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"])}
@@ -350,10 +353,8 @@ def main():
 
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
 
-class Completion(NamedTuple):
-    ids: list  # token ids, the stop token included
-    finish: str  # "stop", or "length" when max_new_tokens cut it off
-    logps: list  # the sampler's own log-probability of each token
+# Token ids with the stop token; "stop", or "length" if cut off; the sampler's log-probability of each token
+Completion = namedtuple("Completion", "ids finish logps")
 
 
 class HFSampler:
@@ -471,9 +472,8 @@ class VLLMSampler:
 class Policy(torch.nn.Module):
     """A causal language model whose forward pass returns log-probabilities of given tokens, never the logits.
 
-    The head runs in checkpointed chunks of 512 tokens: [B, T, vocabulary] logits would be the largest tensor by far.
-    This module is the root of FSDP, so embeddings and head are gathered around its forward pass. No attention mask is
-    needed: the padding is on the right, where causal attention never sees it.
+    The head runs in checkpointed chunks of 512 tokens, because [B, T, vocabulary] logits would be the largest tensor.
+    No attention mask is needed: the padding is on the right, where causal attention never sees it.
     """
 
     def __init__(self, model, temperature):
@@ -504,6 +504,9 @@ class Policy(torch.nn.Module):
 def load_policy(args, device, trainable=True):
     """The sharded policy: fp32 weights (a rank maps the files, and only its own shards become fp32), bf16 on GPUs."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    check(not model._is_stateful and "conv" not in kinds, "this model has layers without attention (as Mamba has)")
+    check(not hasattr(model.config, "quantization_config"), "this model is quantized: it cannot be trained and saved")
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     with torch.no_grad():
         hidden, logits = model.base_model(torch.tensor([[1, 2]]))[0], model(torch.tensor([[1, 2]])).logits
@@ -530,21 +533,24 @@ def full_weights(policy, dtype):
         yield name, tensor.to(dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def micro_batches(lengths, budget, device):
-    """Sort sequences by length and cut them into micro-batches [row, ...] of at most `budget` tokens with padding.
+def micro_batches(lengths, teaches, budget, device):
+    """Sort the rows that teach by length; cut them into micro-batches [row, ...] of `budget` tokens, padding included.
 
-    A longer sequence is alone. A micro-batch also ends where its padding would pass a sixteenth of the budget. All
-    ranks get the same number of them, otherwise FSDP would deadlock: a rank with too few splits its largest.
+    Padding may take a sixteenth of the budget. All ranks need the same number of micro-batches, otherwise FSDP would
+    deadlock: all keep equally many rows (short idle ones fill up), and a rank with too few splits its largest.
     """
+    count = torch.tensor(max(1, sum(teaches)), device=device)
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    rows = sorted(range(len(lengths)), key=lambda row: (not teaches[row], lengths[row]))[:count]
     plan = [[]]
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for row in sorted(rows, key=lengths.__getitem__):
         padding = sum(lengths[row] - lengths[other] for other in plan[-1])  # with this row
         if plan[-1] and ((len(plan[-1]) + 1) * lengths[row] > budget or padding > budget // 16):
             plan.append([])
         plan[-1].append(row)
     count = torch.tensor(len(plan), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
-    while len(plan) < count:  # all ranks have the same number of rows, so there is always one to split
+    while len(plan) < count:
         plan.sort(key=len)
         rows = plan.pop()
         plan += [rows[::2], rows[1::2]]
@@ -582,47 +588,49 @@ COLUMNS.append("lam")  # λ:
 
 def parse_args():
     """The flags over those of the resumed run, or without --model over TOY, over the defaults. All are checked."""
-    about = f"{__doc__.splitlines()[0]} Without --model: {TOY}"
-    parser = HfArgumentParser(Args, prog=f"{SCRIPT}.py", description=about, allow_abbrev=False)
+    parser = HfArgumentParser(Args, description=f"Without --model: {TOY}", allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args()
     saved = {} if given.model else TOY
     if given.resume:
         check(checkpoints(given.resume), f"--resume {given.resume}: no checkpoint there, so start a new run")
         saved = json.loads(Path(given.resume, "args.json").read_text())
+        check(set(saved) == {"script", *vars(given)}, f"--resume {given.resume}: that run has other flags")
         check(saved.pop("script") == SCRIPT and given.model in (None, saved["model"]),
               f"--resume {given.resume}: that run is of another script or model; start a new run without --resume")
         check(not given.output_dir, "--resume continues in the folder of its run: leave --output_dir out")
     parser.set_defaults(**saved)
     args = Args(**vars(parser.parse_args()))
+    if given.resume:
+        changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
+        past = changed & {"seed", "dataset", "prompts_per_step", "group_size", "system_prompt", "max_prompt_tokens"}
+        check(not past, f"--resume: {', '.join(past)} cannot change within a run")
+        say(f"changed since the start of the run: {', '.join(changed) or 'nothing'}")
 
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "lam_init":  # λ:
-            least = int(name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens"))
-            check(least <= value < math.inf, f"--{name} {value}: must be a number, {least} or above")
-    for name in ("temperature", "max_grad_norm", "timeout_minutes", "gpu_memory_utilization"):
+            check(0 <= value < 2**32, f"--{name} must be from 0 to 2**32, not {value}")
+    for name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens", "temperature", "max_grad_norm",
+                 "timeout_minutes", "gpu_memory_utilization"):
         check(getattr(args, name) > 0, f"--{name} must be above 0")
-    check(args.seed < 2**32, "--seed must be below 2**32")
-    check(args.gpu_memory_utilization < 1, "--gpu_memory_utilization must be below 1")
-    check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions of one prompt")
+    check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions")
     check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
-    check(not args.wandb or find_spec("wandb"), "--wandb needs its package: pip install wandb")
     check(abs(args.lam_init) <= 10, "--lam_init must be from -10 to 10: beyond, one completion has all weight")  # λ:
-    check(not args.output_dir or not Path(args.output_dir, "metrics.jsonl").exists(),
-          f"--output_dir {args.output_dir} holds a run: choose another, or --resume it")
+    check(not args.output_dir or not Path(args.output_dir, "checkpoints").exists(),
+          f"--output_dir {args.output_dir} holds a run: choose another, remove it, or --resume it")
     check(not args.resume or int(checkpoints(args.resume)[-1].name[5:]) <= args.steps, "--resume: it is past --steps")
     return args
 
 
-def open_run(args, policy, sampler, device, done):
+def open_run(args, done):
     """Make the run's folder, or cut a resumed one back to its first `done` steps. Returns its path, on all ranks."""
     name = [args.resume or args.output_dir or f"runs/{SCRIPT}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
     dist.broadcast_object_list(name)  # the clocks of the ranks may differ
     run = Path(name[0])
     if RANK == 0:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=done > 0)  # the second of two new runs in it fails here
         for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
             shutil.rmtree(part)
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
@@ -630,20 +638,16 @@ def open_run(args, policy, sampler, device, done):
                 file.seek(0)
                 rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
                 file.truncate(sum(map(len, rows)))
-        aside = run / "args.json.part"
-        aside.write_text(json.dumps({"script": SCRIPT, **vars(args), "resume": None}, indent=1))
-        aside.rename(run / "args.json")
-    size = sum(parameter.numel() for parameter in policy.parameters())
-    gigabytes = 16e-9 * size / int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # the ranks of a node share them
-    say(f"{SCRIPT}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
-        f"{type(sampler).__name__}; weights, gradients and AdamW take {gigabytes:.2f} GB per rank")
-    say(f"steps {done + 1} to {args.steps}, written to {run}")
+        if not args.resume:
+            (run / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
     return run
 
 
 def log_step(run, args, metrics, tokenizer, problem, completions, rewards, advantages):
     """Print a step's row of the table; append its metrics, and its first group, to the files of the run."""
     say(" ".join(f"{metrics[name]:{max(7, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
+    if metrics["step"] == metrics["zero_variance"] == 1:
+        say("all groups had equal rewards, so this step taught nothing: read samples.jsonl, is the task too hard?")
     if "eval_accuracy" in metrics:
         say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} (greedy)")
     if RANK == 0:
@@ -657,11 +661,6 @@ def log_step(run, args, metrics, tokenizer, problem, completions, rewards, advan
         for name, row in (("metrics.jsonl", metrics), ("samples.jsonl", sample)):
             with open(run / name, "a") as file:
                 file.write(json.dumps(row) + "\n")
-        if args.wandb:
-            import wandb
-
-            wandb.init(project=args.wandb, name=run.name, config=vars(args))  # returns the run if there is one
-            wandb.log(metrics, step=metrics["step"])
 
 
 def checkpoints(run):
@@ -674,15 +673,11 @@ def weights_once(module):
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
-def state_of(policy, optimizer):
-    """What a checkpoint holds."""
-    return {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
-
-
 def save_checkpoint(policy, optimizer, run, step):
     """Write checkpoints/step_N: aside, then renamed, so that a folder of that name is whole. The last two are kept."""
     aside = run / "checkpoints" / f"step_{step}.part"
-    dcp.save(state_of(policy, optimizer), checkpoint_id=aside)  # every rank its shards
+    state = {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
+    dcp.save(state, checkpoint_id=aside)  # every rank its shards
     if RANK == 0:
         aside.rename(aside.with_suffix(""))
         for old in checkpoints(run)[:-2]:
@@ -691,7 +686,8 @@ def save_checkpoint(policy, optimizer, run, step):
 
 def load_checkpoint(policy, optimizer, run):
     """Restore the last whole checkpoint, whatever the number of ranks that saved it. Returns its step."""
-    newest, state = checkpoints(run)[-1], state_of(policy, optimizer)
+    newest = checkpoints(run)[-1]
+    state = {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
     dcp.load(state, checkpoint_id=newest)  # the weights in place
     states.set_optimizer_state_dict(policy, optimizer, state["optimizer"])
     return int(newest.name[5:])
@@ -718,9 +714,10 @@ if __name__ == "__main__":
     try:
         main()
     except BaseException as error:
-        if not torch.cuda.is_initialized():
-            raise
-        code = error.code if isinstance(error, SystemExit) else sys.excepthook(*sys.exc_info()) or 1
-        os._exit(code)  # on a GPU the teardown would wait for ranks that may never come
+        if torch.cuda.is_initialized():  # the teardown on a GPU would wait for ranks that may never come
+            if not isinstance(error, SystemExit):
+                sys.excepthook(*sys.exc_info())
+            os._exit(getattr(error, "code", 1))
+        raise
     if "vllm" not in sys.modules:  # vLLM does it itself
         dist.destroy_process_group()
