@@ -22,7 +22,7 @@ WIDE.intermediate_size, WIDE.vocab_size = 1024, 512
 @pytest.mark.long
 def test_every_item_runs_on_a_cpu_as_far_as_it_can(tmp_path):
     names = [item.__name__ for item in gpu.ITEMS if item is not gpu.compiled]  # it takes minutes
-    done = launch(["tests/measure/gpu.py", "--only", ",".join(names), "--json", tmp_path / "gpu.json"])
+    done = launch(["tests/measure/gpu.py", "--only", *names, "--json", tmp_path / "gpu.json"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     items = json.loads((tmp_path / "gpu.json").read_text())["items"]
     assert list(items) == names

@@ -3,16 +3,14 @@
     python tests/measure/gpu.py                                      one GPU, the shape of Qwen2.5-0.5B, some minutes
     python tests/measure/gpu.py --size 1.5B                          another size
     torchrun --nproc_per_node=8 tests/measure/gpu.py --size 7B       eight GPUs
-    python tests/measure/gpu.py --only numerics,step4k               some of the items
+    python tests/measure/gpu.py --only numerics step4k               some of the items
     python tests/measure/gpu.py --fits 8 --size 7B                   no GPU: a step's memory on each of eight, simulated
 
 Nothing is downloaded: the weights are random, and the tokenizer is that of tests/tiny. --json gets the numbers after
 each item. If an item raises, its line of the table says so, and the next one runs. The exit code is 1 if any item does
 not hold. Under torchrun all ranks do an item together; if one rank fails alone, the job ends after ten minutes. Without
 a GPU every item is "not run", but its code runs on a tiny model with short sequences, and an item that fails even there
-does not hold.
-
-README.md in this folder says how the simulation of --fits works, and where it ends.
+does not hold. README.md in this folder says how the simulation of --fits works, and where it ends.
 """
 
 import argparse
@@ -483,7 +481,7 @@ def main():
     parser.error = fail
     names = {item.__name__: item for item in ITEMS}
     parser.add_argument("--size", default="0.5B", choices=SHAPES, help="the model's shape (0.5B; on a CPU tiny)")
-    parser.add_argument("--only", default=",".join(names), help="items, separated by commas: " + ", ".join(names))
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="items to run")
     parser.add_argument("--json", help="file for the numbers (runs/gpu-<time>.json)")
     parser.add_argument("--fits", metavar="RANKS", type=int, help="only simulate the memory of a step on so many GPUs")
     options = parser.parse_args()
@@ -491,15 +489,13 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if options.fits is not None:
         return print_memory(config_of(options.size), options.fits)
-    if not set(options.only.split(",")) <= set(names):
-        fail(f"--only {options.only}: the items are {', '.join(names)}")
     say = print if RANK == 0 else lambda *_, **__: None
     here, file = Here(options.size), Path(options.json or f"runs/gpu-{time.strftime('%Y%m%d-%H%M%S')}.json")
     machine = {"card": here.card, "ranks": WORLD, "size": here.size, "torch": torch.__version__,
                "transformers": transformers.__version__}
     say(", ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
     rows = {}
-    for name in options.only.split(","):
+    for name in options.only:
         rows[name] = row = outcome(here, names[name])
         say(f"{row['verdict']:13}  {name:13}  {ITEMS[names[name]]}, {row['seconds']:.0f} s: {row['text']}", flush=True)
         if RANK == 0:  # after each item: a later one may be killed
