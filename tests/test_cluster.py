@@ -1,5 +1,6 @@
 """What clusters do to a run: notices, full disks, ranks that die or hang, several nodes, another number of ranks."""
 
+import json
 import os
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from conftest import ROOT, SCRIPTS, launch, metrics
 from test_run import newest, quick, wait_for
 
@@ -217,3 +219,46 @@ def test_checkpoint_at_another_number_of_ranks(ranks, tmp_path, two_steps):
 
 def test_scripts_are_all_there():
     assert len(SCRIPTS) == 4  # they are copies outside their algorithm (test_drift.py), so grpo.py stands for all here
+
+
+LOADING = """
+import json, sys, threading
+import torch, torch.distributed as dist
+import grpo
+
+def memory():  # of this process, in bytes; pages that processes share are divided among them
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/smaps_rollup") if line.startswith("Pss:"))
+
+dist.init_process_group("gloo")
+seen, done = [memory()], threading.Event()
+watch = lambda: [seen.append(memory()) for _ in iter(lambda: done.wait(0.02), True)]
+dist.barrier()
+thread = threading.Thread(target=watch)
+thread.start()
+policy = grpo.load_policy(grpo.Args(model=sys.argv[1]), torch.device("cpu"))
+dist.barrier()
+done.set()
+thread.join()
+model = policy.model
+tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+with open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w") as file:
+    json.dump({"growth": max(seen) - seen[0], "tied": tied}, file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of memory")
+def test_memory_while_a_model_is_loaded(tmp_path):
+    """In all, two ranks hold far less than two copies of the model in fp32; and tied weights stay tied."""
+    config = transformers.Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=6, num_attention_heads=14,
+                                      num_key_value_heads=2, vocab_size=60_000, tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    del model
+    (tmp_path / "load.py").write_text(LOADING)
+    done = launch([tmp_path / "load.py", tmp_path], ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(report["tied"] for report in reports)
+    assert size < sum(report["growth"] for report in reports) < 1.6 * size

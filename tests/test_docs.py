@@ -221,8 +221,21 @@ def test_files(clone):
         if re.match(r"\.venv/|[A-Z]\w*/", name) or name.removesuffix(".py") in ("X", "curves.png", *PAPERS):  # an environment, a hub id
             continue
         place = re.sub(r"^runs/[^/]+/?", "", name)
-        places = (ROOT / name, ROOT / "tests" / name, run / place)
+        places = [*(folder / name for folder in PLACES), run / place]
         assert any(found.exists() for found in places), f"README names {name}, which does not exist"
+
+
+def test_links():
+    """A link leads to a file, as seen from its page, and a # to one of the headings there."""
+    for place, page in zip(PLACES, PAGES):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page):
+            if not re.match("https?://", link):
+                name, _, heading = link.partition("#")
+                target = place / name if name else place / "README.md"
+                assert target.exists(), f"{place}/README.md has a link to {link}"
+                slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                         for title in re.findall(r"^#+ (.*)", target.read_text(), re.M)] if heading else [heading]
+                assert heading in slugs, f"{place}/README.md has a link to {link}"
 
 
 def parsers():
@@ -305,20 +318,25 @@ def test_names():
 
 
 def figures():
-    """What stands under a heading "Measured" or "Results", item by item: a table belongs to the text before it."""
+    """(first paragraph, item) of the sections with results: all of tests/measure, and those called Measured or Results.
+
+    An item is a paragraph or an item of a list; a table or a picture belongs to the text before it.
+    """
     items = []
-    for section in re.findall(r"^##+ [^\n]*(?:Measured|Results)[^\n]*\n(.*?)(?=^## |\Z)", README, re.M | re.S | re.I):
-        texts = re.split(r"\n(?=- )|\n\n(?=[^ |!\n])", section)  # lists and paragraphs; tables and pictures go along
-        introduction, *others = [text.strip() for text in texts if text.strip()]
-        items += [introduction] * ("|--" in introduction or introduction.startswith("- ")) + others
+    for page in PAGES:
+        for title, section in re.findall(r"^##+ ([^\n]*)\n(.*?)(?=^##+ |\Z)", page, re.M | re.S):
+            if page is PAGES[2] or re.search("Measured|Results", title):
+                texts = [text.strip() for text in re.split(r"\n(?=- )|\n\n(?=[^ |!\n])", section) if text.strip()]
+                items += [(texts[0], text) for text in texts]
     return items
 
 
-@pytest.mark.parametrize("text", figures(), ids=lambda text: " ".join(text.split()[:5]))
-def test_figures_have_a_command(text):
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+@pytest.mark.parametrize("first, text", figures(), ids=lambda text: " ".join(text.split()[:5]))
+def test_figures_have_a_command(first, text):
+    """It stands in the item itself, or in the first paragraph of the section."""
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", first + "\n" + text)]
     assert not re.search(r"\d", text) or any(re.match(PYTHON + " |torchrun |pytest |diff ", span) for span in spans), \
-        f"under Measured, without the command it comes from: {text[:200]}"
+        f"figures without the command that they come from: {text[:200]}"
 
 
 def test_there_are_figures_and_commands():

@@ -15,22 +15,22 @@ SETTINGS = "--steps 2 --prompts_per_step 1 --group_size 4 --max_new_tokens 4 --s
 
 
 def start(folder, *flags):
-    """pretrained.py as its command line would, in this process."""
+    """pretrained.py as its command line would, with its runs in this process, which saves their start."""
+    def in_turn(function, cases, jobs, title):
+        for case in cases:
+            function(*case)
+
     with pytest.MonkeyPatch.context() as patch:
         paths = [f"--model={TINY}", f"--output={folder}", f"--picture={folder}/curves.png"]
         patch.setattr("sys.argv", ["pretrained.py", *paths, *SETTINGS, *flags])
-        patch.setattr("eval.SYSTEM", "")  # both are replaced, and put back in the end
-        for script in SCRIPTS:
-            patch.setattr(f"{script}.rewards_of", None)
+        patch.setattr(pretrained, "run_cases", in_turn)
         pretrained.main()
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """A folder with all runs, the last in a process of its own and the others, for time, in this; table and picture."""
+    """A folder with all runs, table and picture."""
     folder = tmp_path_factory.mktemp("pretrained")
-    for name in ["start", *SCRIPTS[:3]]:
-        start(folder, "--only", name)
     start(folder)
     return folder
 
@@ -45,15 +45,15 @@ def test_each_script_runs_with_equal_flags_and_our_reward(output):
     assert [run["script"] for run in runs] == SCRIPTS
     for run in runs:
         assert [run[flag] for flag in ("steps", "group_size", "max_new_tokens", "lr", "seed")] == [2, 4, 4, 4e-5, 0]
+    trained = {row["problem"] for row in pretrained.make_problems()[0]}
     problems = [[json.loads(line)["problem"] for line in open(output / script / "samples.jsonl")] for script in SCRIPTS]
-    assert problems[0] == problems[1] == problems[2] == problems[3] and len(problems[0]) == 8
+    assert problems[0] == problems[1] == problems[2] == problems[3] and set(problems[0]) <= trained
 
 
 @pytest.mark.long
 def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     before = finished(output)
     start(output)
-    start(output, "--draw")
     assert finished(output) == before and len(before) == 5
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -63,13 +63,16 @@ def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
 
 
 @pytest.mark.long
-def test_a_run_that_fails_is_named_in_one_line(tmp_path, capfd):
+def test_a_run_that_fails_is_named_in_one_line(tmp_path, monkeypatch, capfd):
+    """In a process of its own, as from the shell."""
     write_runs(tmp_path, steps=2)
     shutil.rmtree(tmp_path / "grpo")
+    flags = [f"--model={TINY}", f"--output={tmp_path}", *SETTINGS, "--lr=-1"]
+    monkeypatch.setattr("sys.argv", ["pretrained.py", *flags])
     with pytest.raises(SystemExit) as stopped:
-        start(tmp_path, "--lr", "-1")
+        pretrained.main()
     said = capfd.readouterr().err
-    assert stopped.value.code == 1 and "error: grpo stopped" in said and "error: --lr -1" in said
+    assert stopped.value.code == 1 and "error: grpo.py --steps=2" in said and "error: --lr -1" in said
     assert not (tmp_path / "grpo").exists()
 
 
@@ -131,4 +134,4 @@ def test_the_picture_is_drawn(output):
 
 
 def test_the_picture_in_git_is_small():
-    assert (ROOT / "tests" / "pretrained.png").stat().st_size <= 120_000
+    assert (ROOT / "tests" / "measure" / "pretrained.png").stat().st_size <= 120_000

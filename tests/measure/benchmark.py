@@ -16,6 +16,7 @@ in each turn, and then its median and quartiles. Each pair is first shown to com
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -139,11 +140,7 @@ def training_step(name, batch, gradients=None, **changes):
             logp, _ = policy(*inputs)
         completions.append(script.Completion(ids, "stop", logp[0].tolist()))
 
-    def step():
-        result = script.train_step(policy, None, optimizer, args, prompts, completions, rewards)
-        return result[0] if isinstance(result, tuple) else result  # metrics, or metrics and advantages
-
-    return step
+    return lambda: script.train_step(policy, None, optimizer, args, prompts, completions, rewards)[0]
 
 
 def whole_step(prompts, problems, group_size):
@@ -302,10 +299,9 @@ def part_trl(options):
     with tempfile.TemporaryDirectory() as folder:
         if options.trl:
             for rows in sorted({8, min(32, total), total}):
-                work = {"rows": rows, "group_size": group_size, "problems": problems, "folder": folder,
-                        "max_new_tokens": args.max_new_tokens, "batches": batches}
                 file = Path(folder, f"work_{rows}.json")
-                file.write_text(json.dumps(work))
+                file.write_text(json.dumps({"rows": rows, "group_size": group_size, "problems": problems, "batches": batches,
+                                            "max_new_tokens": args.max_new_tokens, "folder": folder}))
                 trainers[rows] = Trainer(options.trl, file)
         try:
             for case, batch in batches.items():
@@ -315,7 +311,7 @@ def part_trl(options):
             for trainer in trainers.values():
                 trainer.process.kill()
     if not trainers:
-        row("trl", f"TRL {TRL}", "not run: --trl names no Python that has it")
+        row("trl", f"TRL {TRL}", "not run: no --trl")
 
 
 def compare_steps(case, batch, trainers, repetitions, folder):
@@ -447,6 +443,7 @@ def part_sets(options):
     expected = torch.tensor([size for group in by_trie(data) for ids in group for size in ids])
     if not torch.equal(sizes[mask].long(), expected):
         fail("process_set_sizes and the trie do not compute the same", 1)
+    gc.disable()  # the collector would take most of the trie's time
     functions = {"process_set_sizes": lambda: process_set_sizes(padded, mask), "trie": lambda: by_trie(data)}
     times = seconds_of(functions, options.repetitions, "sets")
     for key in times:

@@ -219,11 +219,6 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def mean_reward(rows):
-    """The mean over all steps: high when the reward rises early and stays."""
-    return mean([row["reward"] for row in rows])
-
-
 def tuned(args):
     """The methods that have a sweep: TUNED, or grpo.py and those of --methods."""
     return ["grpo.py", *args.methods] if args.methods else list(TUNED)
@@ -237,19 +232,15 @@ def seeds_of(args, stage):
     return range(FIRST_SEED[stage], FIRST_SEED[stage] + (args.seeds if stage == "seeds" else args.sweep_seeds))
 
 
-def sweep_of(args, task, method):
-    """{rate: mean reward over the sweep's steps and seeds}, of the rates whose runs are there."""
-    found = {}
-    for rate in args.rates:
-        runs = [read(folder_of(args.output, task, method, rate, seed)) for seed in seeds_of(args, "sweep")]
-        if runs and None not in runs:
-            found[rate] = mean([mean_reward(rows) for rows in runs])
-    return found
-
-
 def best_rate(args, task, method):
-    found = sweep_of(args, task, method if method in tuned(args) else method.split()[0])
-    return max(found, key=found.get) if found else args.rates[0]
+    """The rate with the highest mean reward over steps and seeds of the sweep. A variation has that of the script it varies."""
+    method = method if method in tuned(args) else method.split()[0]
+
+    def score(rate):
+        return mean([mean([row["reward"] for row in read(folder_of(args.output, task, method, rate, seed))])
+                     for seed in seeds_of(args, "sweep")])
+
+    return max(args.rates, key=score) if args.sweep_seeds else args.rates[0]
 
 
 def keep_settings(folder, settings):
@@ -295,14 +286,12 @@ def run_all(args):
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 def results(args):
-    """{task: {method: runs at its best rate, one a seed, each a list of rows}} of all that are finished."""
-    found = {}
-    for task in args.tasks:
-        for method in methods_of(args, task):
-            rate = best_rate(args, task, method)
-            runs = [read(folder_of(args.output, task, method, rate, seed)) for seed in seeds_of(args, "seeds")]
-            found.setdefault(task, {})[method] = runs
-    return found
+    """{task: {method: runs at its best rate, one per seed, each a list of rows}}."""
+    def runs(task, method):
+        rate = best_rate(args, task, method)
+        return [read(folder_of(args.output, task, method, rate, seed)) for seed in seeds_of(args, "seeds")]
+
+    return {task: {method: runs(task, method) for method in methods_of(args, task)} for task in args.tasks}
 
 
 def steps_to_target(rows, target):
@@ -313,10 +302,9 @@ def steps_to_target(rows, target):
 
 def measures(runs, target):
     """{measure: a number for each seed} of a script's runs. Steps to target: None where it was not reached."""
-    found = {f"final {key}": [mean([row[key] for row in rows[-LAST:]]) for rows in runs]
-             for key in ("reward", "length")}
+    found = {f"final {key}": [mean([row[key] for row in rows[-LAST:]]) for rows in runs] for key in ("reward", "length")}
     found["steps"] = [steps_to_target(rows, target) for rows in runs]
-    found["mean reward"] = [mean_reward(rows) for rows in runs]
+    found["mean reward"] = [mean([row["reward"] for row in rows]) for rows in runs]
     wrong = [[row["wrong_length"] for row in rows if row["wrong_length"] is not None] for rows in runs]
     found["wrong length"] = [mean(lengths) if lengths else math.nan for lengths in wrong]
     return found
@@ -377,7 +365,7 @@ def table(args, found):
             lines.append("| " + " | ".join(cells) + " |")
     pairs = comparisons(found)
     if args.seeds > 1:
-        chances = [p_value(mean_reward) for *_, mean_reward, _ in pairs]
+        chances = [p_value(early) for *_, early, _ in pairs]
         lines += ["", f"Paired differences; p of a paired t-test on the mean reward, and after Holm's correction for these "
                   f"{len(pairs)}.", "", "| task | script | against | mean reward | final reward | p | corrected |",
                   "|---" * 7 + "|"]
@@ -504,8 +492,7 @@ def parse_args():
         ("--jobs", int, 2, "runs at a time, a core each (default: 2)"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=text)
-    rates = [1e-4, 3e-4, 1e-3]
-    parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of the sweep (default: 1e-4 3e-4 1e-3)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="default: 1e-4 3e-4 1e-3")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all four")
     parser.add_argument("--methods", nargs="+", metavar="COMMAND", help="only grpo.py and these, each tuned: a script "
                         "beside it, your own as well, or a paper's patch in tests/papers, with its flags")

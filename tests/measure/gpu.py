@@ -1,18 +1,16 @@
-"""The first script to run on a machine with GPUs: one table says which items hold there, do not hold, or were not run.
+"""The first script to run on a machine with GPUs: a table of items that hold there, do not hold, or were not run.
 
     python tests/measure/gpu.py                                      one GPU, the shape of Qwen2.5-0.5B, some minutes
     python tests/measure/gpu.py --size 1.5B                          another size
     torchrun --nproc_per_node=8 tests/measure/gpu.py --size 7B       eight GPUs
-    python tests/measure/gpu.py --only numerics,step4k               some of the items
+    python tests/measure/gpu.py --only numerics step4k               some of the items
     python tests/measure/gpu.py --fits 8 --size 7B                   no GPU: a step's memory on each of eight, simulated
 
 Nothing is downloaded: the weights are random, and the tokenizer is that of tests/tiny. --json gets the numbers after
 each item. If an item raises, its line of the table says so, and the next one runs. The exit code is 1 if any item does
 not hold. Under torchrun all ranks do an item together; if one rank fails alone, the job ends after ten minutes. Without
 a GPU every item is "not run", but its code runs on a tiny model with short sequences, and an item that fails even there
-does not hold.
-
-README.md in this folder says how the simulation of --fits works, and where it ends.
+does not hold. README.md in this folder says how the simulation of --fits works, and where it ends.
 """
 
 import argparse
@@ -29,7 +27,6 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +43,6 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
@@ -111,7 +107,7 @@ def load_policy(model, mesh, bf16=True, checkpointing=True, compile=False):
     with contextlib.ExitStack() as stack:
         for where, name, new in (
             (grpo.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model),
-            (grpo, "init_device_mesh", lambda *_, **__: mesh), (grpo, "WORLD", nodes * local),
+            (dist, "init_device_mesh", lambda *_, **__: mesh), (grpo, "WORLD", nodes * local),
             (grpo, "MixedPrecisionPolicy", precision), (torch, "allclose", lambda *_, **__: True),
         ):
             stack.enter_context(patch.object(where, name, new))
@@ -126,7 +122,7 @@ def load_policy(model, mesh, bf16=True, checkpointing=True, compile=False):
 def mesh_of(device, ranks):
     """load_policy's mesh: shards inside a node, replicas across nodes."""
     local = min(ranks, NODE)
-    return init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
+    return dist.init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
 
 
 def micro_batch(policy, input_ids, starts, mask):
@@ -214,23 +210,11 @@ def print_memory(config, ranks):
 
 # What the items share -------------------------------------------------------------------------------------------------
 
-def join():
-    """Join torchrun's process group, or make one of this process alone. Returns this rank's device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
-    return device
-
-
 class Here:
     """This machine, and the size that was asked for."""
 
     def __init__(self, size):
-        self.device = join()
+        self.device = grpo.join_ranks(timeout_minutes=10)
         self.gpu = self.device.type == "cuda"
         self.card = torch.cuda.get_device_name() if self.gpu else "no GPU"
         self.size = size if self.gpu else "tiny"
@@ -303,12 +287,7 @@ def training_step(here, longest, compile=False):
     plan = grpo.micro_batches(totals, budget, here.device)
     work = {"tokens": sum(totals), "longest": max(totals), "micro_batches": len(plan)}
     work["operations"] = operations(here.config, totals)
-    return lambda: metrics_of(grpo.train_step(policy, None, optimizer, args, asked, completions, rewards)), work
-
-
-def metrics_of(result):
-    """train_step's metrics, which it returns alone or with the advantages."""
-    return result[0] if isinstance(result, tuple) else result
+    return lambda: grpo.train_step(policy, None, optimizer, args, asked, completions, rewards)[0], work
 
 
 def operations(config, totals):
@@ -451,7 +430,7 @@ def sampler(here):
         numbers[f"tokens_per_second_{turn}"] = sum(len(completion.ids) for completion in completions) / lap()
         engine.sleep()
         rewards = (torch.arange(len(completions), device=here.device) % 2).float().view(len(prompts), -1)
-        metrics = metrics_of(grpo.train_step(policy, None, optimizer, args, prompts, completions, rewards))
+        metrics, _ = grpo.train_step(policy, None, optimizer, args, prompts, completions, rewards)
         numbers["logp_diff"] = max(numbers["logp_diff"], metrics["logp_diff"])
     return numbers, {"logp_diff": (0, 0.05), **({"gb_asleep": (0, 3)} if numbers["vllm"] else {})}
 
@@ -502,7 +481,7 @@ def main():
     parser.error = fail
     names = {item.__name__: item for item in ITEMS}
     parser.add_argument("--size", default="0.5B", choices=SHAPES, help="the model's shape (0.5B; on a CPU tiny)")
-    parser.add_argument("--only", default=",".join(names), help="items, separated by commas: " + ", ".join(names))
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="items to run")
     parser.add_argument("--json", help="file for the numbers (runs/gpu-<time>.json)")
     parser.add_argument("--fits", metavar="RANKS", type=int, help="only simulate the memory of a step on so many GPUs")
     options = parser.parse_args()
@@ -510,15 +489,13 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if options.fits is not None:
         return print_memory(config_of(options.size), options.fits)
-    if not set(options.only.split(",")) <= set(names):
-        fail(f"--only {options.only}: the items are {', '.join(names)}")
     say = print if RANK == 0 else lambda *_, **__: None
     here, file = Here(options.size), Path(options.json or f"runs/gpu-{time.strftime('%Y%m%d-%H%M%S')}.json")
     machine = {"card": here.card, "ranks": WORLD, "size": here.size, "torch": torch.__version__,
                "transformers": transformers.__version__}
     say(", ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
     rows = {}
-    for name in options.only.split(","):
+    for name in options.only:
         rows[name] = row = outcome(here, names[name])
         say(f"{row['verdict']:13}  {name:13}  {ITEMS[names[name]]}, {row['seconds']:.0f} s: {row['text']}", flush=True)
         if RANK == 0:  # after each item: a later one may be killed
