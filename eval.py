@@ -32,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -74,10 +73,8 @@ def fail(message, code=2):
     """End the program with one line on stderr. Exit code 2 means bad input."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # otherwise the message would follow it on its line
-    if int(os.environ.get("LOCAL_RANK", 0)):  # if the first rank fails too, torchrun ends this one before it speaks
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    print("error: " + f"rank {RANK}: " * (RANK > 0) + " ".join(message.split()), file=sys.stderr, flush=True)
+    if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks see the same bad input
+        print(f"error (rank {RANK}):" if RANK else "error:", " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -265,7 +262,7 @@ def context_of(model):
 def load_prompts(name, split, tokenizer, args):
     """Problems with their token ids as "prompt_ids", and how many were skipped: without a token, or too long.
 
-    A prompt may have args.max_prompt_tokens, and args.model must have room for it and args.max_new_tokens more.
+    A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
     problems = load_problems(name, split)[: getattr(args, "limit", None)]
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
@@ -275,16 +272,15 @@ def load_prompts(name, split, tokenizer, args):
     lost = [text for text, back in zip(texts, read) if "".join(text.split()) != "".join(back.split())]
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
+    args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
     lengths = [len(row["prompt_ids"]) for row in problems]
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     empty, skipped = lengths.count(0), len(problems) - len(kept)
-    why = f": {empty} without a token, {skipped - empty} longer than --max_prompt_tokens {args.max_prompt_tokens}"
-    check(kept, f"{name}: no prompt is left{why}")
-    context, longest = context_of(args.model), max(len(row["prompt_ids"]) for row in kept)
-    check(longest + args.max_new_tokens <= context,
-          f"{args.model} sees {context} tokens at once, and the longest prompt has {longest}: lower --max_new_tokens "
-          f"to {context - longest}, or --max_prompt_tokens")
-    say(f"{name}, {split}: {len(kept)} prompts, {skipped} skipped{why if skipped else ''}")
+    found = f"{name}, {split}: {len(kept)} prompts"
+    if skipped:
+        found += f", skipped: {empty} without a token, {skipped - empty} longer than {args.max_prompt_tokens} tokens"
+    check(kept, f"{found} (a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context)")
+    say(found)
     return kept, skipped
 
 
@@ -731,19 +727,18 @@ def main():
     if args.compare:
         return compare(*args.compare)
     tokenizer, args.max_prompt_tokens = load_tokenizer(args.model), math.inf
+    most, args.max_new_tokens = args.max_new_tokens, 1  # enough for load_prompts
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
-    settings = {name: getattr(args, name) for name in ("model", "n", "temperature", "top_p", "max_new_tokens", "seed",
-                                                       "system_prompt", "limit")}
-    files = {name: None for name in benchmarks}
-    if args.out:
-        for name in files:
-            files[name] = Path(args.out, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
-        saved = Path(args.out, "settings.json")
-        before = json.loads(saved.read_text()) if saved.exists() else settings
-        check(before == settings, f"--out {args.out} was made with {before}, not {settings}: choose another folder")
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        saved.write_text(json.dumps(settings))
+    args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
+    names = ("model", "n", "temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "limit")
+    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
+    folder, finished = Path(args.out or os.devnull), {}
+    files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
+    for name, file in files.items():
+        if file.exists():
+            finished[name] = read_file(str(file))
+            check(settings.items() <= finished[name][0].items(), f"{file} has other settings: choose another --out")
     import torch
     import torch.distributed as dist
 
@@ -754,23 +749,25 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-    say(", ".join(f"{name} {value}" for name, value in {**settings, "ranks": WORLD}.items()))
-    missing = [name for name, file in files.items() if not file or not file.exists()]
-    sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device) if missing else None
+    say(", ".join(f"{name} {value}" for name, value in settings.items()))
+    sampler = None
+    if len(finished) < len(files):
+        sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
     with Grader() as grader:
         for name, file in files.items():
-            if name in missing:
+            if name in finished:
+                result = summarize(finished[name])
+            else:
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
                 result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
-            else:
-                result = summarize(read_file(str(file)))
-            if file and name in missing and RANK == 0:
-                aside = file.with_suffix(".part")
-                aside.write_text("".join(json.dumps(row) + "\n" for row in result["records"]))
-                aside.rename(file)  # a file of that name is whole
-            row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}"
-                   "  {grader_timeouts:>9}  ").format(**result)
+                if args.out and RANK == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    aside = file.with_suffix(".part")
+                    aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
+                    aside.rename(file)  # so a file of that name is whole
+            row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
+                   "{no_box:>6.3f}  {grader_timeouts:>9}  ").format(**result)
             say(f"{name:<24}  {row}" + "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items()))
     if WORLD > 1 and not vllm:  # vLLM does it itself
         dist.destroy_process_group()

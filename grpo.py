@@ -1,7 +1,7 @@
 """GRPO in one file: group relative policy optimization, with the aggregation of DAPO or Dr. GRPO by flag.
 
-For each of P prompts, sample a group of G completions o_1..o_G from π_old (the policy before this step's updates),
-give them rewards R_1..R_G, and maximize
+For each of P prompts, sample a group of G completions o_1..o_G from π_old (the policy before this step's updates), give
+them rewards R_1..R_G, and maximize
 
     J = sum over groups, completions i, tokens t of  w[i,t] · min(r[i,t]·A[i], clip(r[i,t], 1-ε_low, 1+ε_high)·A[i])
         - β · the same weighted sum of k3[i,t]
@@ -16,10 +16,9 @@ give them rewards R_1..R_G, and maximize
 Papers: GRPO, DeepSeekMath (arXiv 2402.03300); DAPO (arXiv 2503.14476); Dr. GRPO (arXiv 2503.20783).
 The weights hold all normalization, and a group is never split across ranks, so the gradient does not depend on the
 micro-batches or the number of ranks. By default a batch gets one update: then π = π_old, and the clip does nothing.
-Deviations: std is the sample standard deviation (ddof 1). In a group of equal rewards all advantages are exactly 0.
-w is also multiplied by min(π_old/π_sampler, --tis_cap), because the sampler computes π_old slightly differently.
-DAPO's dynamic sampling and overlong penalty are left out. The variants change section 2, Args and the lines marked
-"# λ:", and nothing else.
+Deviations: std is the sample one (ddof 1); equal rewards give advantages of exactly 0; w is also multiplied by
+min(π_old/π_sampler, --tis_cap), because the sampler computes π_old slightly differently. DAPO's dynamic sampling and
+overlong penalty are left out. The variants change section 2, Args and the lines marked "# λ:", and nothing else.
 
     python grpo.py                                                   laptop: a tiny model learns sums in half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -34,7 +33,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -48,57 +47,56 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, HfArgumentParser
-from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # check and fail end the program with one line of error; say prints on rank 0
 from eval import Grader, check, evaluate, fail, load_prompts, load_tokenizer, say, stop_tokens
 
 SCRIPT = Path(__file__).stem
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE; one without the other means nothing
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+flag = lambda default, help: field(default=default, metadata={"help": help})  # noqa: E731
 
 
 @dataclass  # each field is a flag of the command line
 class Args:
     # The algorithm
-    loss: Literal["grpo", "dapo", "dr_grpo"] = HfArg(default="grpo", help="weights 1/(G·|o_i|), 1/Σ|o_j|, 1/(G·L_max)")
-    clip_low: float = HfArg(default=0.2, help="the ratio is clipped at 1 - clip_low")
-    clip_high: float = HfArg(default=0.2, help="and at 1 + clip_high (DAPO: 0.28)")
-    beta: float = HfArg(default=0.0, help="weight of the KL term; above 0 needs a reference model")
-    updates_per_batch: int = HfArg(default=1, help="updates per batch; 1 is on-policy")
+    loss: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "weights 1/(G·|o_i|), 1/Σ|o_j|, 1/(G·L_max)")
+    clip_low: float = flag(0.2, "the ratio is clipped at 1 - clip_low")
+    clip_high: float = flag(0.2, "and at 1 + clip_high (DAPO: 0.28)")
+    beta: float = flag(0.0, "weight of the KL term; above 0 needs a reference model")
+    updates_per_batch: int = flag(1, "updates per batch; 1 is on-policy")
     # Data and sampling
-    model: str = HfArg(default=None, help="folder or hub id of a causal LM; without it, a tiny one")
-    dataset: str = HfArg(default="math", help="training problems: a name, a file or a hub id")
-    eval_dataset: str = HfArg(default=None, help="problems for evaluation; without it, none")
-    group_size: int = HfArg(default=8, help="completions per prompt (G)")
-    prompts_per_step: int = HfArg(default=128, help="prompts per step (P), over all ranks")
-    system_prompt: str = HfArg(default=None, help="without it: asks for reasoning and a boxed answer")
-    max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are skipped")
-    max_new_tokens: int = HfArg(default=2048, help="longest completion (L_max)")
-    temperature: float = HfArg(default=1.0, help="of the sampler and the trainer")
-    sampler: Literal["auto", "vllm", "hf"] = HfArg(default="auto", help="auto: vllm on a GPU, if installed")
-    gpu_memory_utilization: float = HfArg(default=0.5, help="vLLM's share of the GPU")
+    model: str = flag(None, "folder or hub id of a causal LM; without it, a tiny one")
+    dataset: str = flag("math", "training problems: a name, a file or a hub id")
+    eval_dataset: str = flag(None, "problems for evaluation; without it, none")
+    group_size: int = flag(8, "completions per prompt (G)")
+    prompts_per_step: int = flag(128, "prompts per step (P), over all ranks")
+    system_prompt: str = flag(None, "without it: asks for reasoning and a boxed answer")
+    max_prompt_tokens: int = flag(1024, "longer prompts are skipped")
+    max_new_tokens: int = flag(2048, "longest completion (L_max)")
+    temperature: float = flag(1.0, "of the sampler and the trainer")
+    sampler: Literal["auto", "vllm", "hf"] = flag("auto", "auto: vllm on a GPU, if installed")
+    gpu_memory_utilization: float = flag(0.5, "vLLM's share of the GPU")
     # Optimization
-    steps: int = HfArg(default=200, help="training steps, one batch each")
-    lr: float = HfArg(default=1e-6, help="learning rate after the warm-up")
-    warmup_steps: int = HfArg(default=10, help="steps of linear warm-up")
-    max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down")
-    tis_cap: float = HfArg(default=2.0, help="upper bound of π_old/π_sampler")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens per forward pass; lower it to save memory")
-    compile: bool = HfArg(default=False, help="compile the layers: slow start, faster steps")
+    steps: int = flag(200, "training steps, one batch each")
+    lr: float = flag(1e-6, "learning rate after the warm-up")
+    warmup_steps: int = flag(10, "steps of linear warm-up")
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down")
+    tis_cap: float = flag(2.0, "upper bound of π_old/π_sampler")
+    micro_batch_tokens: int = flag(16384, "tokens per forward pass; lower it to save memory")
+    compile: bool = flag(False, "compile the layers: slow start, faster steps")
     # The run
-    eval_every: int = HfArg(default=0, help="steps between evaluations; 0: before and after only")
-    save_every: int = HfArg(default=20, help="steps between checkpoints; 0: only at the end")
-    seed: int = HfArg(default=0, help="decides prompts and samples")
-    timeout_minutes: float = HfArg(default=60.0, help="how long ranks wait for each other")
-    output_dir: str = HfArg(default=None, help="folder of the run; without it, a new one in runs/")
-    resume: str = HfArg(default=None, help="folder of a run to continue")
+    eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
+    save_every: int = flag(20, "steps between checkpoints; 0: only at the end")
+    seed: int = flag(0, "decides prompts and samples")
+    timeout_minutes: float = flag(60.0, "how long ranks wait for each other")
+    output_dir: str = flag(None, "folder of the run; without it, a new one in runs/")
+    resume: str = flag(None, "folder of a run to continue")
 
 
 # 1. Reward ------------------------------------------------------------------------------------------------------------
@@ -109,7 +107,6 @@ def rewards_of(texts, problems, grader):
 
 
 # 2. Advantage, weights, loss ------------------------------------------------------------------------------------------
-#
 # Pure functions of tensors, ready to be copied. Rewards [P, G] and masks [P, G, T] hold whole groups; policy_loss alone
 # accepts any rows [B, T], also of different groups. Completions are right-padded: a mask is ones, then zeros, and its
 # column 0 is the first completion token. Values on padding do not matter, and a row of zeros (a dropped completion) has
@@ -177,9 +174,8 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """Train on one batch: --updates_per_batch updates. λ: the variants differ in marked lines.
+    """Train on a rank's prompts [P][ids], completions [P·G], rewards [P, G] -> all ranks' metrics, advantages [P, G].
 
-    This rank's prompts [P][ids], completions [P·G], rewards [P, G] -> metrics over all ranks, advantages [P, G].
     A token has four log-probabilities, all [P·G, T]: the policy's (logp, with gradient), that of the policy before
     the first update (old_logp), the reference model's (ref_logp) and the one that the sampler drew from (sampler_logp).
     """
@@ -210,18 +206,18 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 if reference:
                     with torch.no_grad():
                         ref_logp[rows, :width] = reference(input_ids, starts[rows], is_token)[0]
-            old = old_logp[rows, :width]  # [B, T]
             # Truncated importance sampling: the sampler's distribution is not exactly the trainer's π_old
-            gap = torch.where(is_token, old - sampler_logp[rows, :width], 0.0)  # [B, T]
+            gap = torch.where(is_token, old_logp[rows, :width] - sampler_logp[rows, :width], 0.0)  # [B, T]
             importance = gap.exp().clamp(max=args.tis_cap) * is_token  # [B, T]
             advantage, weight = row_advantages[rows], row_weights[rows, :width] * importance  # λ: [B], [B, T]
             loss, stats = policy_loss(
-                logp, old, advantage, weight, args.clip_low, args.clip_high, ref_logp[rows, :width], args.beta,
+                logp, old_logp[rows, :width], advantage, weight, args.clip_low, args.clip_high,
+                ref_logp[rows, :width], args.beta,
             )
             policy.set_requires_all_reduce(rows is plan[-1])  # over nodes: once an update, not in every micro-batch
             (loss * WORLD).backward()  # FSDP averages gradients over ranks, but the objective is a sum
-            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum()}
-            stats |= {"tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
+            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum(),
+                      "tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
         sums = sum_over_ranks(sums, device)
@@ -232,8 +228,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        tokens = sums.pop("tokens")
-        means = {name: total / tokens for name, total in sums.items()}  # over the tokens of all ranks
+        means = {name: total / sums["tokens"] for name, total in sums.items() if name != "tokens"}
         updates.append({**means, "loss": sums["loss"], "grad_norm": norm})
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
@@ -268,8 +263,8 @@ def main():
     say(f"{SCRIPT}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
         f"{type(sampler).__name__}; steps {done + 1} to {args.steps}, written to {run}")
 
-    # Phase 3: the loop. SIGTERM, which clusters send, ends it after a step and a checkpoint
-    terminated, starts = [], {}
+    # Phase 3: the loop. SIGTERM, as clusters send it, ends it after the step, with a checkpoint
+    terminated, starts = [], {}  # SIGTERM was received; when each phase of the step began
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     share = args.prompts_per_step // WORLD  # prompts of a rank
     bar = tqdm(range(done + 1, args.steps + 1), SCRIPT, initial=done, total=args.steps, disable=RANK > 0 or None)
@@ -306,15 +301,12 @@ def main():
             sampler.load(full_weights(policy, sampler.dtype))
             phase("logging")
             counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
-            metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"])}
-            times = list(starts.values())
-            metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
-            sampled = metrics["length"] * args.prompts_per_step * args.group_size
-            metrics |= {"tokens_per_second": sampled / (times[-1] - times[0]), "memory_gb": (total - free) / 1e9}
+            metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"]),
+                        "memory_gb": (total - free) / 1e9}
             due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
             if eval_problems and due and not counts["terminated"]:
                 metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
-            log_step(run, args, metrics, tokenizer, rows[0], completions, rewards[0], advantages[0])
+            log_step(run, args, metrics, starts, tokenizer, rows[0], completions, rewards[0], advantages[0])
             if step == args.steps or counts["terminated"] or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(policy, optimizer, run, step)
             if counts["terminated"] and step < args.steps:
@@ -329,8 +321,7 @@ def main():
 
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
 
-# Token ids with the stop token; "stop", or "length" if cut off; the sampler's log-probability of each token
-Completion = namedtuple("Completion", "ids finish logps")
+Completion = namedtuple("Completion", "ids finish logps")  # with the stop token; "stop" or "length"; of the sampler
 
 
 class HFSampler:
@@ -352,16 +343,10 @@ class HFSampler:
     def sleep(self):
         """vLLM frees GPU memory here. This copy stays."""
 
-    def __call__(self, prompt_ids, n, seed, temperature):
-        """n Completions per prompt, prompt by prompt. Completion k of prompt i depends on seed + i and k only, up to
-        rounding, not on the other prompts. Temperature 0 is greedy."""
-        size = max(1, 256 // n)  # prompts at a time: bounds the memory of the cache
-        starts = range(0, len(prompt_ids), size)
-        return [c for i in starts for c in self.sample(prompt_ids[i : i + size], n, seed + i, temperature)]
-
     @torch.inference_mode()
-    def sample(self, prompts, n, seed, temperature):
-        """B = len(prompts) · n completions. Inverse transform sampling: one uniform number per token."""
+    def __call__(self, prompts, n, seed, temperature):
+        """n Completions per prompt, B in all: greedy at temperature 0, otherwise by inverse transform sampling.
+        Completion k of prompt i depends on seed + i and k only, up to rounding."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -406,10 +391,8 @@ class VLLMSampler:
         self.on_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.stops = stop_tokens(args.model, tokenizer)
-        self.params = partial(  # logprobs=0: of the drawn token alone
-            vllm.SamplingParams, max_tokens=args.max_new_tokens, stop_token_ids=self.stops, detokenize=False,
-            logprobs=0, flat_logprobs=True,
-        )
+        how = {"max_tokens": args.max_new_tokens, "stop_token_ids": self.stops, "detokenize": False}
+        self.params = partial(vllm.SamplingParams, logprobs=0, flat_logprobs=True, **how)  # 0: of the drawn token alone
         self.engine = vllm.LLM(
             args.model, dtype=self.dtype, seed=args.seed, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
             distributed_executor_backend="external_launcher" if WORLD > 1 else None,
@@ -480,8 +463,8 @@ class Policy(torch.nn.Module):
 def load_policy(args, device, trainable=True):
     """The sharded policy: fp32 weights (a rank maps the files, and only its own shards become fp32), bf16 on GPUs."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    check(not model._is_stateful and "conv" not in kinds, "this model has layers without attention (as Mamba has)")
+    hybrid = model._is_stateful or "conv" in (getattr(model.config, "layer_types", None) or ())
+    check(not hybrid, "this model has layers without attention, like Mamba: it cannot be sampled from here")
     check(not hasattr(model.config, "quantization_config"), "this model is quantized: it cannot be trained and saved")
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     with torch.no_grad():
@@ -496,7 +479,7 @@ def load_policy(args, device, trainable=True):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
     mesh = dist.init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh["shard"] if WORLD == local else mesh  # one node: no second copy of the gradients, to be all-reduced
+    mesh = mesh["shard"] if WORLD == local else mesh  # one node: no second copy of the gradients to be all-reduced
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     for module in [*layers, policy]:  # after a forward pass the root stays whole for the backward pass, if there is one
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
@@ -506,7 +489,7 @@ def load_policy(args, device, trainable=True):
 def full_weights(policy, dtype):
     """(name, full tensor) of every weight, one at a time, tied ones under each of their names. All ranks take part."""
     for name, tensor in policy.model.state_dict().items():
-        yield name, tensor.to(dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, tensor.to(dtype).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def micro_batches(lengths, teaches, budget, device):
@@ -568,11 +551,10 @@ def parse_args():
     given = parser.parse_args()
     saved = {} if given.model else TOY
     if given.resume:
-        check(checkpoints(given.resume), f"--resume {given.resume}: no checkpoint there, so start a new run")
+        check(checkpoints(given.resume), f"--resume {given.resume}: there is no checkpoint, so start a new run")
         saved = json.loads(Path(given.resume, "args.json").read_text())
-        check(set(saved) == {"script", *vars(given)}, f"--resume {given.resume}: that run has other flags")
-        check(saved.pop("script") == SCRIPT and given.model in (None, saved["model"]),
-              f"--resume {given.resume}: that run is of another script or model; start a new run without --resume")
+        same = set(saved) == {"script", *vars(given)} and saved.pop("script") == SCRIPT
+        check(same and given.model in (None, saved["model"]), "--resume: a run of another script, version or model")
         check(not given.output_dir, "--resume continues in the folder of its run: leave --output_dir out")
     parser.set_defaults(**saved)
     args = Args(**vars(parser.parse_args()))
@@ -580,8 +562,7 @@ def parse_args():
         changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
         past = changed & {"seed", "dataset", "prompts_per_step", "group_size", "system_prompt", "max_prompt_tokens"}
         check(not past, f"--resume: {', '.join(past)} cannot change within a run")
-        say(f"changed since the start of the run: {', '.join(changed) or 'nothing'}")
-
+        say(f"changed since the run began: {', '.join(changed) or 'nothing'}")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):  # λ: (a variant's own may be negative)
             check(0 <= value < 2**32, f"--{name} must be from 0 to 2**32, not {value}")
@@ -617,11 +598,14 @@ def open_run(args, done):
     return run
 
 
-def log_step(run, args, metrics, tokenizer, problem, completions, rewards, advantages):
+def log_step(run, args, metrics, starts, tokenizer, problem, completions, rewards, advantages):
     """Print a step's row of the table; append its metrics, and its first group, to the files of the run."""
+    times = list(starts.values())  # when each phase began
+    metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
+    metrics["tokens_per_second"] = metrics["length"] * args.prompts_per_step * args.group_size / (times[-1] - times[0])
     say(" ".join(f"{metrics[name]:{max(7, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
     if metrics["step"] == metrics["zero_variance"] == 1:
-        say("all groups had equal rewards, so this step taught nothing: read samples.jsonl, is the task too hard?")
+        say("every group has equal rewards, which teaches nothing: read samples.jsonl, is the task too hard?")
     if "eval_accuracy" in metrics:
         say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} (greedy)")
     if RANK == 0:
