@@ -284,7 +284,7 @@ def training_step(here, longest, compile=False):
     completions = [grpo.Completion(draw(n), "stop", [-math.log(vocabulary)] * n) for n in lengths]
     rewards = (torch.arange(len(lengths), device=here.device) % 2).float().view(prompts, group_size)
     totals = [prompt + length for length in lengths]
-    plan = grpo.micro_batches(totals, budget, here.device)
+    plan = grpo.micro_batches(totals, [True] * len(totals), budget, here.device)
     work = {"tokens": sum(totals), "longest": max(totals), "micro_batches": len(plan)}
     work["operations"] = operations(here.config, totals)
     return lambda: grpo.train_step(policy, None, optimizer, args, asked, completions, rewards)[0], work
