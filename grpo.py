@@ -385,7 +385,7 @@ class VLLMSampler:
 
     def __init__(self, args, tokenizer, device):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where new weights can reach it
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         import vllm
 
         self.on_gpu = device.type == "cuda"
@@ -429,11 +429,9 @@ class VLLMSampler:
 # 6. Policy, micro-batches, ranks --------------------------------------------------------------------------------------
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward pass returns log-probabilities of given tokens, never the logits.
-
-    The head runs in checkpointed chunks of 512 tokens, because [B, T, vocabulary] logits would be the largest tensor.
-    No attention mask is needed: the padding is on the right, where causal attention never sees it.
-    """
+    """A causal language model whose forward pass returns log-probabilities of given tokens. [B, T, vocabulary] logits
+    never exist: the head runs in checkpointed chunks of 512 tokens. No attention mask is needed, because the padding is
+    on the right, where causal attention does not see it."""
 
     def __init__(self, model, temperature):
         super().__init__()
@@ -472,9 +470,10 @@ def load_policy(args, device, trainable=True):
         fits = torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-3)
     check(fits, "this model changes its logits after the head (caps or scales them); Policy would train another one")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    compiled = partial(torch.compile, dynamic=True, disable=not args.compile)
+    policy.score = compiled(policy.score)
     for layer in layers:
-        if args.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = compiled(layer.forward)
         if device.type == "cuda" and trainable:  # its activations are computed again in the backward pass
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
