@@ -16,9 +16,9 @@ Paper: GRPO-λ (arXiv 2510.00194, Parthasarathi, Reymond, Chen, Cui, Chandar). �
 Differences from grpo.py: trace, trace_weights; policy_loss traces the ratio or weighs the terms; advantages below -0.1
 are raised to it (paper). At π = π_old both variants have the same gradient, but for the importance weights: the first
 token counts |o_i| times (both), or up to 1/(1-γλ) times (recent). Off-policy, a traced ratio is clipped sooner.
-Deviations: we did not have the paper's text and worked from third-party descriptions. ε-weight is our reading (the same
-double sum in the other order), and so is γ = 1. The KL term and the importance weights are not traced. Nothing is
-renormalized: gradients are tens of times GRPO's, so --max_grad_norm matters. λ = 0, recent, no clamp is grpo.py.
+Deviations: we had third-party descriptions of the paper, not its text. ε-weight (the same double sum in the other order)
+and γ = 1 are our reading. The KL term and the importance weights are not traced. Nothing is renormalized: gradients are
+tens of times GRPO's, so --max_grad_norm matters. With λ = 0, recent and no clamp, this is grpo.py.
 
     python grpo_lambda_traces.py     laptop: a tiny model, half a minute
     python grpo_lambda_traces.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -194,9 +194,8 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
                 decay=0.99, style="both", variant="trace"):
     """The clipped surrogate, to be minimized: minus the J at the top. decay: γλ; style, variant: as the flags.
 
-    logp, old_logp, weights (and ref_logp) [B, T], advantages [B] or [B, T] -> scalar, and sums over the tokens that
-    have a weight: {"tokens", "clip_fraction" (tokens without a gradient, because of the clip), "kl" (k3 estimate of
-    KL(old || new)), "trace_weight"}. Example: log-ratios 0.1, 0.1, decay 1/2, recent: ratios e^0.1, e^0.15.
+    Arguments and results as in grpo.py, with one more statistic: "trace_weight", the sum of trace_weights over tokens.
+    Example: log-ratios 0.1, 0.1, decay 1/2, recent: ratios e^0.1, e^0.15.
     """
     assert variant in ("trace", "weight"), f"unknown variant {variant!r}"
     counted = weights > 0  # [B, T]: not the padding, whose values may be anything
@@ -396,7 +395,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
-        """n Completions per prompt, B in all, greedy at temperature 0. Number k of prompt i depends on seed + i and k."""
+        """n Completions per prompt, B in all, greedy at temperature 0. Seed + i and k alone decide number k of prompt i."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)

@@ -371,7 +371,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
-        """n Completions per prompt, B in all, greedy at temperature 0. Number k of prompt i depends on seed + i and k."""
+        """n Completions per prompt, B in all, greedy at temperature 0. Seed + i and k alone decide number k of prompt i."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
