@@ -309,14 +309,14 @@ def load_prompts(name, split, tokenizer, args):
 # ---- Grading ----
 
 SPELLINGS = {  # what stands in an answer: how it is read
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2", "³": "^3",
+    r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2", "³": "^3",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "√": r"\sqrt ",
     r"\$": "", "$": "", "£": "", "€": "", "**": "", "`": "", "<answer>": "", "</answer>": "", "~": " ",
     r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ",
     r"\left": "", r"\right": "", r"\mathbf": "", r"\boldsymbol": "", r"\mathrm{e}": "e", r"\mathrm{i}": "i",
     r"\mathrm": r"\text", r"\mbox": r"\text", r"\textbf": r"\text", r"\text {": r"\text{", r"\text{ ": r"\text{",
     " }": "}", r"\text{and}": ",", r"\text{or}": ",", " and ": ",", " or ": ",", ",,": ",", "{,}": ",",
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac"}
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
 FILLERS = ("so thus hence therefore then the that this it we is are be get final correct answer value result total "
            "about exactly approximately").split()
 UNITS = (r"m meter|km kilometer|cm centimeter|mm millimeter|g gram|kg kilogram|s second|min minute|h hr hour"
@@ -324,7 +324,7 @@ UNITS = (r"m meter|km kilometer|cm centimeter|mm millimeter|g gram|kg kilogram|s
          r"|people|mph|sq square|N|J|W|V|K|C|/ per|of|a|each")
 UNITS = {spelling: names.split()[0] for names in UNITS.split("|") for spelling in names.split()}
 NO_UNITS = ("less times minus plus thirds halves quarters fifths sixths sevenths eighths ninths tenths hundredths "
-            "thousandths dozens hundreds thousands millions billions trillions").split()
+            "thousandths tens dozens hundreds thousands millions billions trillions doubles triples squares cubes").split()
 NUMBER = re.compile(r"""
     ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
     (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
@@ -367,7 +367,8 @@ def clean(text):
     text = re.sub(r"(\d)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
     text = re.sub(r"^(-?)10 ?\^", r"\g<1>1 \\times 10^", text)
     text = re.sub(r"\\text\{([^a-zA-Z{}]*)\}", r"\1", text)  # \text{5}
-    text = re.sub(r"^[({]([^(){},]*)[)}]$", r"\1", text)  # (5)
+    text = re.sub(r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2", text)  # {5} and (5)
+    text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$|, ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
     while (word := re.match(r"(?:\\text\{)?([a-zA-Z]+):?[ }]+", text)) and word[1].lower() in FILLERS:
@@ -413,14 +414,15 @@ def same_quantity(gold, answer):
 def sides(text):
     """The name and the values of an equation: "x = 3+4 = 7" -> ("x", ["3+4", "7"]), "7" -> ("", ["7"])."""
     first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
-    name = r"(?!\\(?:pi|not?|ne)\b)(?:\\text\{[\w ]+\}|\\?[a-zA-Z]+)(?:_\w|_\{[^{}]*\})?'?(?:\([\w, ]*\))?"  # x_1, f(n), Area
+    name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-zA-Z]+)(_\w|_\{[^{}]*\})?'?(\([\w, ]*\))?"  # x_1, f(n), Area
     return (first, rest) if rest and re.fullmatch(name, first) else ("", [first, *rest])
 
 
 def words_of(text):
-    r"""A text in small letters if it is words, or a date, time or ratio, else "": "\text{(C)}" -> "c", "2k" -> ""."""
-    words = " ".join(re.sub(r"\\text|[{}()]", " ", text.lower()).split())
-    return words if re.fullmatch(r"[a-z]|(?=.*[a-z]{2})[a-z' ]+|[\d:/.-]+", words) else ""
+    r"""A text in small letters if it is words, or a date, time or ratio, else "": "\text{East}" -> "east", "2k" -> ""."""
+    words = " ".join(re.sub(r"\\text|[{}()]", " ", text).split())
+    is_words = re.fullmatch(r"[a-zA-Z]|(?=.*[a-zA-Z]{2})[a-zA-Z' ]+|[\d:/.-]+", words)
+    return (words if len(words) == 1 else words.lower()) if is_words else ""
 
 
 def judge_text(gold, answer):
@@ -434,7 +436,7 @@ def judge_text(gold, answer):
     expected = quantity(values[0]) if len(values) == 1 else None
     if expected:  # the other sides may be sums, but not 2x, or 5 <
         numbers = [number for side in found if (number := quantity(side))]
-        sums = [side for side in found if re.fullmatch(r"(?:\\(?:frac|sqrt|cdot|times)|[^a-zA-Z\\<>,?])*", side)]
+        sums = [side for side in found if re.fullmatch(r"(\\(frac|sqrt|cdot|times)|[^a-zA-Z\\<>,?])*", side)]
         return (bool(numbers) and all(same_quantity(expected, number) for number in numbers)
                 and all(side in sums or quantity(side) for side in found))
     if words_of(gold):
@@ -560,11 +562,11 @@ def read(text):
 
 
 def length(tree):
-    """How many names and numbers a formula has: four in 2x + 3x, two in 5x."""
+    """How many names, numbers and functions a formula has: four in 2x + 3x, two in 5x."""
     if tree.is_Rational:
         return (abs(tree.p) != 1) + (tree.q != 1) or 1
     counted = [part for part in tree.args if not (part in (1, -1) and (tree.is_Mul or tree.is_Pow))]
-    return sum(map(length, counted)) if tree.args else 1
+    return sum(map(length, counted)) + tree.is_Function if tree.args else 1
 
 
 def work_left(tree):
@@ -574,14 +576,16 @@ def work_left(tree):
 
     if not isinstance(tree, Expr):
         return sum(map(work_left, getattr(tree, "args", tree)))  # a matrix has no args
-    products = [node for node in preorder_traversal(tree) if node.is_Mul and sum(part.is_Add for part in node.args) > 1]
+    products = [part for part in preorder_traversal(tree) if part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
+                or part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1]
     return max(0, length(tree) - length(expand(tree.doit()))) + len(products) + tree.has(ExprWithLimits)
 
 
 def same(gold, answer):
     """Whether two cleaned texts mean the same, by principle 5. Of an equation that states a value, every side does."""
     (gold, unit), (answer, other) = measured(gold), measured(answer)
-    shapes = [sorted(re.sub(r"\\[{}]|[^][(),]|\([^(),]*\)", "", text.replace(r"\pm", ","))) for text in (gold, answer)]
+    shapes = [re.sub(r"\\[{}]|[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
+    shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
     if shapes[0] != shapes[1] or unit != other and (unit and other or ["degree"] in (unit, other)):
         return False
     (_, values), (_, found) = sides(gold), sides(answer)
