@@ -54,8 +54,8 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "minerva": ("math-ai/minervamath", None, "test", "test"),
     "olympiadbench": ("math-ai/olympiadbench", None, "test", "test"),
 }
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE; one without the other means nothing
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # torchrun sets all; one alone means nothing
+RANK, WORLD = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if LAUNCHED else [0, 1]
 PROBLEMS = {"problem": ("problem", "question", "prompt", "query", "instruction", "input")}  # the first that is there
 ANSWERS = {"answer": ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")}
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
