@@ -54,8 +54,8 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "minerva": ("math-ai/minervamath", None, "test", "test"),
     "olympiadbench": ("math-ai/olympiadbench", None, "test", "test"),
 }
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE; one without the other means nothing
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # torchrun sets all; one alone means nothing
+RANK, WORLD = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if LAUNCHED else [0, 1]
 PROBLEMS = {"problem": ("problem", "question", "prompt", "query", "instruction", "input")}  # the first that is there
 ANSWERS = {"answer": ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")}
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -287,12 +287,16 @@ def load_prompts(name, split, tokenizer, args):
 
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
+    from transformers import AutoConfig
+
     problems = load_problems(name, split)[: getattr(args, "limit", None)]
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
         row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
-    texts = [row["problem"] for row in problems]
-    read = [tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) for text in texts]
-    lost = [text for text, back in zip(texts, read) if "".join(text.split()) != "".join(back.split())]
+    size = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size
+    largest = max(max(row["prompt_ids"], default=0) for row in problems)
+    check(largest < size, f"the tokenizer makes token {largest}, but {args.model} has a vocabulary of {size}")
+    lost = [row["problem"] for row in problems if "".join(row["problem"].split())
+            not in "".join(tokenizer.decode(row["prompt_ids"]).split())]
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
     args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
