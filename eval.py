@@ -276,10 +276,9 @@ def context_of(model):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope, most = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
     by_length = rope.get("rope_type") in ("longrope", "dynamic")
-    original = rope.get("original_max_position_embeddings") if by_length else None
-    return original or getattr(config, "max_position_embeddings", math.inf)
+    return rope.get("original_max_position_embeddings", most) if by_length else most
 
 
 def load_prompts(name, split, tokenizer, args):
@@ -287,27 +286,21 @@ def load_prompts(name, split, tokenizer, args):
 
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
-    from transformers import AutoConfig
-
-    problems = load_problems(name, split)[: getattr(args, "limit", None)]
+    args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
+    problems, kept, lost = load_problems(name, split)[: getattr(args, "limit", None)], [], []
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
-        row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
-    size = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size
-    largest = max(max(row["prompt_ids"], default=0) for row in problems)
-    check(largest < size, f"the tokenizer makes token {largest}, but {args.model} has a vocabulary of {size}")
-    lost = [row["problem"] for row in problems if "".join(row["problem"].split())
-            not in "".join(tokenizer.decode(row["prompt_ids"]).split())]
+        ids = row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
+        if "".join(row["problem"].split()) not in "".join(tokenizer.decode(ids).split()):
+            lost.append(row["problem"])
+        if 0 < len(ids) <= args.max_prompt_tokens:
+            kept.append(row)
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
-    args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
-    lengths = [len(row["prompt_ids"]) for row in problems]
-    kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
-    empty, skipped = lengths.count(0), len(problems) - len(kept)
-    found = f"{name}, {split}: {len(kept)} prompts"
-    if skipped:
-        found += f", skipped: {empty} without a token, {skipped - empty} longer than {args.max_prompt_tokens} tokens"
-    check(kept, f"{found} (a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context)")
-    say(found)
+    skipped = len(problems) - len(kept)
+    found = f"{name}, {split}: {len(kept)} prompts, {skipped} skipped"
+    why = f" (without a token, or longer than {args.max_prompt_tokens} tokens)" if skipped else ""
+    check(kept, f"{found}{why}: a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context")
+    say(found + why)
     return kept, skipped
 
 
@@ -667,17 +660,18 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
             prompts = [problems[i]["prompt_ids"] for i in batch]
             completions = sampler(prompts, n, (seed * WORLD + RANK) * len(problems) + start, temperature)
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
-            indices = [i for i in batch for _ in range(n)]
-            verdicts = grader.judge_all([(text, problems[i]["answer"]) for text, i in zip(texts, indices, strict=True)])
-            for i, text, completion, verdict in zip(indices, texts, completions, verdicts):
-                row = {"index": i, **{key: problems[i][key] for key in ("problem", "answer")}, "completion": text}
-                records.append({**row, "length": len(completion.ids), "finish": completion.finish, **verdict})
-            bar.set_postfix(accuracy=f"{statistics.fmean(row['correct'] for row in records):.3f}", refresh=False)
+            rows = [{"index": i, **problems[i]} for i in batch for _ in range(n)]
+            verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
+            for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
+                del row["prompt_ids"]
+                row |= {"completion": text, "length": len(completion.ids), "finish": completion.finish, **verdict}
+            records += rows
             bar.update(len(batch))
-    shares = [records] * WORLD
+    shares = [records]
     if WORLD > 1:
         import torch
 
+        shares = [None] * WORLD
         torch.distributed.all_gather_object(shares, records)
     return summarize(sorted((row for rows in shares for row in rows), key=lambda row: row["index"]))
 
@@ -691,33 +685,29 @@ def summarize(records):
     groups = {}
     for record in records:
         groups.setdefault(record["index"], []).append(record["correct"])
-    means = [statistics.fmean(group) for group in groups.values()]
-    n = len(records) // len(groups)
+    means, n = [statistics.fmean(group) for group in groups.values()], len(records) // len(groups)
+
+    def pass_at(k):
+        return statistics.fmean(1 - math.comb(n - sum(group), k) / math.comb(n, k) for group in groups.values())
+
     return {
         "accuracy": statistics.fmean(means),
         "standard_error": statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else math.nan,
-        "pass_at_k": {
-            k: statistics.fmean(1 - math.comb(n - sum(group), k) / math.comb(n, k) for group in groups.values())
-            for k in [2**power for power in range(n.bit_length())]
-        },
+        "pass_at_k": {2**power: pass_at(2**power) for power in range(n.bit_length())},
         "length": statistics.fmean(record["length"] for record in records),
         "truncated": statistics.fmean(record["finish"] == "length" for record in records),
         "no_box": statistics.fmean(not record["boxed"] for record in records),
         "grader_timeouts": sum(record["why"] == "time-out" for record in records),
-        "problems": len(groups),
-        "n": n,
-        "means": means,
-        "records": records,
+        "problems": len(groups), "n": n, "means": means, "records": records,
     }
 
 
 Completion = namedtuple("Completion", "ids finish")  # token ids with the stop token; "stop" or "length"
 
 
-def vllm_sampler(args, tokenizer, device):
+def vllm_sampler(args, stops, device):
     """A sampler for evaluate: vLLM's generate. Completion k of prompt i has the seed (seed + i)·n + k."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
 
     engine = vllm.LLM(
@@ -726,11 +716,10 @@ def vllm_sampler(args, tokenizer, device):
         distributed_executor_backend="external_launcher" if WORLD > 1 else None,
         gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=device.type == "cpu",
     )
-    stops = stop_tokens(args.model, tokenizer)
 
     def sample(prompt_ids, n, seed, temperature):
-        how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
-        how |= {"stop_token_ids": stops, "detokenize": False}
+        how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens,
+               "stop_token_ids": stops, "detokenize": False}
         params = [vllm.SamplingParams(seed=(seed + i) * n % 2**62, **how) for i in range(len(prompt_ids))]
         requests = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
         return [Completion(list(output.token_ids), output.finish_reason) for row in requests for output in row.outputs]
@@ -738,14 +727,13 @@ def vllm_sampler(args, tokenizer, device):
     return sample
 
 
-def hf_sampler(args, tokenizer, device):
+def hf_sampler(args, stops, device):
     """A sampler for evaluate: transformers' generate, without the model's own settings for it (top-k, penalties)."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
-    stops = stop_tokens(args.model, tokenizer)
     model.generation_config = GenerationConfig()
 
     def sample(prompt_ids, n, seed, temperature):
@@ -755,37 +743,43 @@ def hf_sampler(args, tokenizer, device):
         rows = [ids for ids in prompt_ids for _ in range(n)]
         width = max(map(len, rows))  # padded on the left: all prompts end at one place
         input_ids = torch.tensor([[-1] * (width - len(ids)) + ids for ids in rows], device=device)  # [B, S]
-        inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}
         torch.manual_seed(seed)
-        output = model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
-        completions = []
-        for ids in output[:, width:].tolist():
-            stop = next((t for t, token in enumerate(ids) if token in stops), None)
-            completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
-        return completions
+        output = model.generate(input_ids.clamp(min=0), attention_mask=(input_ids >= 0).long(),
+                                generation_config=GenerationConfig(**how))  # [B, S + T]
+        ends = [next((t + 1 for t, token in enumerate(ids) if token in stops), 0) for ids in output[:, width:].tolist()]
+        return [Completion(ids[:end] if end else ids, "stop" if end else "length")
+                for ids, end in zip(output[:, width:].tolist(), ends)]
 
     return sample
 
 
 # ---- The command line ----
 
+ROW = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
+       "{grader_timeouts:>9}  ")
+FLAGS = (  # name, type, default, help
+    ("model", str, None, "folder in transformers' format, or hub id"),
+    ("benchmarks", str, "arithmetic", "names, files or hub ids, separated by commas"),
+    ("n", int, 1, "completions per problem"),
+    ("system_prompt", str, None, "without it: asks for reasoning and a boxed answer"),
+    ("limit", int, None, "use only this many problems of each benchmark, the first ones"),
+    ("max_new_tokens", int, 1024, "longer completions are cut off"),
+    ("temperature", float, None, "0 is greedy; without it: 0 if n is 1, otherwise 0.6"),
+    ("top_p", float, 0.95, "nucleus sampling, unless greedy"),
+    ("seed", int, 0, "decides the samples"),
+    ("sampler", str, "auto", "vllm, hf (transformers), or auto: vllm on a GPU, if installed"),
+    ("gpu_memory_utilization", float, 0.9, "vLLM's share of the GPU"),
+    ("out", str, None, "folder for all completions"),
+)
+
+
 def parse_args():
     """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"data sets by name: arithmetic, {', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--model", help="folder in transformers' format, or hub id")
-    parser.add_argument("--benchmarks", default="arithmetic", help="names, files or hub ids, separated by commas")
-    parser.add_argument("--n", type=int, default=1, help="completions per problem (1)")
-    parser.add_argument("--system_prompt", help="default: asks for step-by-step reasoning and a boxed answer")
-    parser.add_argument("--limit", type=int, help="use only this many problems of each benchmark, the first ones")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longer completions are cut off (1024)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (0 if n is 1, otherwise 0.6)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling, unless greedy (0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the samples (0)")
-    parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm if CUDA has it")
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (0.9)")
-    parser.add_argument("--out", help="folder for all completions")
+    for name, kind, default, text in FLAGS:
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--compare", nargs=2, metavar="OUT", help="compare two finished evaluations; needs no --model")
     args = parser.parse_args()
     if args.temperature is None:
@@ -797,6 +791,7 @@ def parse_args():
     check(args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1")
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
     check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
+    check(args.sampler in ("auto", "hf", "vllm"), "--sampler must be auto, hf or vllm")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     return args
 
@@ -805,17 +800,17 @@ def compare(first, second):
     """Print the difference in accuracy, second minus first, on each benchmark that both folders hold."""
     import numpy
 
-    names = [{path.name for path in Path(folder).glob("*.jsonl")} for folder in (first, second)]
-    common = sorted(names[0] & names[1])
+    common = [file for file in sorted(Path(first).glob("*.jsonl")) if Path(second, file.name).exists()]
     check(common, f"--compare: {first} and {second} have no finished benchmark in common")
-    for name in common:
-        both = [summarize(read_file(str(Path(folder, name)))) for folder in (first, second)]
-        problems = [[row["problem"] for row in result["records"]][:: result["n"]] for result in both]
-        check(problems[0] == problems[1], f"--compare: {name} has other problems in {second}")
-        deltas = numpy.subtract(both[1]["means"], both[0]["means"])  # [problems]
+    for file in common:
+        rows = [read_file(str(file)), read_file(str(Path(second, file.name)))]
+        same = {row["problem"] for row in rows[0]} == {row["problem"] for row in rows[1]}
+        check(same, f"--compare: {file.name} has other problems in {second}")
+        before, after = map(summarize, rows)
+        deltas = numpy.subtract(after["means"], before["means"])  # [problems]
         draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
         low, high = numpy.percentile(deltas[draws].mean(1), [2.5, 97.5])
-        say(f"{name}: {both[0]['accuracy']:.3f} -> {both[1]['accuracy']:.3f}, difference {deltas.mean():+.3f}, "
+        say(f"{file.stem}: {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {deltas.mean():+.3f}, "
             f"95% interval {low:+.3f} to {high:+.3f} ({len(deltas)} problems)")
 
 
@@ -828,14 +823,6 @@ def main():
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
-    names = ("model", "n", "temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "limit")
-    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
-    folder, finished = Path(args.out or os.devnull), {}
-    files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
-    for name, file in files.items():
-        if file.exists():
-            finished[name] = read_file(str(file))
-            check(settings.items() <= finished[name][0].items(), f"{file} has other settings: choose another --out")
     import torch
     import torch.distributed as dist
 
@@ -846,26 +833,30 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
+    names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
     say(", ".join(f"{name} {value}" for name, value in settings.items()))
-    sampler = None
-    if len(finished) < len(files):
-        sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
+    sampler = None
     with Grader() as grader:
-        for name, file in files.items():
-            if name in finished:
-                result = summarize(finished[name])
+        for name, problems in benchmarks.items():
+            file = Path(args.out or os.devnull, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
+            if file.exists():
+                rows = read_file(str(file))
+                check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
+                result = summarize(rows)
             else:
+                if sampler is None:
+                    sampler = (vllm_sampler if vllm else hf_sampler)(args, stop_tokens(args.model, tokenizer), device)
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
+                result = evaluate(sampler, tokenizer, problems, grader, *how)
                 if args.out and RANK == 0:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     aside = file.with_suffix(".part")
                     aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
                     aside.rename(file)  # so a file of that name is whole
-            row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
-                   "{no_box:>6.3f}  {grader_timeouts:>9}  ").format(**result)
-            say(f"{name:<24}  {row}" + "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items()))
+            passes = "  ".join(f"{k}: {chance:.3f}" for k, chance in result["pass_at_k"].items())
+            say(f"{name:<24}  " + ROW.format(**result) + passes)
     if WORLD > 1 and not vllm:  # vLLM does it itself
         dist.destroy_process_group()
 

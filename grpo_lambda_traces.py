@@ -395,7 +395,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
-        """n Completions per prompt, B in all, greedy at temperature 0. Seed + i and k alone decide number k of prompt i."""
+        """n Completions per prompt, B in all, greedy at temperature 0. Seed + i and k decide number k of prompt i."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -510,7 +510,7 @@ class Policy(torch.nn.Module):
 def load_policy(args, device, trainable=True):
     """The sharded policy: fp32 weights (a rank maps the files, and only its own shards become fp32), bf16 on GPUs."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
-    hybrid = model._is_stateful or "conv" in (getattr(model.config, "layer_types", None) or ())  # no attention in layers
+    hybrid = model._is_stateful or "conv" in (getattr(model.config, "layer_types", None) or ())
     bad = hybrid or hasattr(model.config, "quantization_config")
     check(not bad, "this model cannot be trained here: it is quantized, or has layers without attention (Mamba)")
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
