@@ -298,7 +298,7 @@ def load_prompts(name, split, tokenizer, args):
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
     skipped = len(problems) - len(kept)
     found = f"{name}, {split}: {len(kept)} prompts, {skipped} skipped"
-    why = f" (without a token, or longer than {args.max_prompt_tokens} tokens)" if skipped else ""
+    why = f" (empty, or longer than {args.max_prompt_tokens} tokens)" if skipped else ""
     check(kept, f"{found}{why}: a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context")
     say(found + why)
     return kept, skipped
@@ -660,10 +660,10 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
             prompts = [problems[i]["prompt_ids"] for i in batch]
             completions = sampler(prompts, n, (seed * WORLD + RANK) * len(problems) + start, temperature)
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
-            rows = [{"index": i, **problems[i]} for i in batch for _ in range(n)]
+            rows = [{"index": i, "problem": problems[i]["problem"], "answer": problems[i]["answer"]}
+                    for i in batch for _ in range(n)]
             verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
             for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
-                del row["prompt_ids"]
                 row |= {"completion": text, "length": len(completion.ids), "finish": completion.finish, **verdict}
             records += rows
             bar.update(len(batch))
@@ -705,7 +705,7 @@ def summarize(records):
 Completion = namedtuple("Completion", "ids finish")  # token ids with the stop token; "stop" or "length"
 
 
-def vllm_sampler(args, stops, device):
+def vllm_sampler(args, tokenizer, device):
     """A sampler for evaluate: vLLM's generate. Completion k of prompt i has the seed (seed + i)·n + k."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm
@@ -716,6 +716,7 @@ def vllm_sampler(args, stops, device):
         distributed_executor_backend="external_launcher" if WORLD > 1 else None,
         gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=device.type == "cpu",
     )
+    stops = stop_tokens(args.model, tokenizer)
 
     def sample(prompt_ids, n, seed, temperature):
         how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens,
@@ -727,7 +728,7 @@ def vllm_sampler(args, stops, device):
     return sample
 
 
-def hf_sampler(args, stops, device):
+def hf_sampler(args, tokenizer, device):
     """A sampler for evaluate: transformers' generate, without the model's own settings for it (top-k, penalties)."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -735,6 +736,7 @@ def hf_sampler(args, stops, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
     model.generation_config = GenerationConfig()
+    stops = stop_tokens(args.model, tokenizer)
 
     def sample(prompt_ids, n, seed, temperature):
         how = {"max_new_tokens": args.max_new_tokens, "eos_token_id": stops, "pad_token_id": max(0, stops[0])}
@@ -776,7 +778,7 @@ FLAGS = (  # name, type, default, help
 def parse_args():
     """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"data sets by name: arithmetic, {', '.join(HUB)}", allow_abbrev=False)
+                                     epilog=f"data sets by name:\narithmetic, {', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
     for name, kind, default, text in FLAGS:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
@@ -792,6 +794,7 @@ def parse_args():
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
     check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     check(args.sampler in ("auto", "hf", "vllm"), "--sampler must be auto, hf or vllm")
+    check(not args.out or not Path(args.out).is_file(), f"--out {args.out} is a file: give a folder")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     return args
 
@@ -847,7 +850,7 @@ def main():
                 result = summarize(rows)
             else:
                 if sampler is None:
-                    sampler = (vllm_sampler if vllm else hf_sampler)(args, stop_tokens(args.model, tokenizer), device)
+                    sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
                 result = evaluate(sampler, tokenizer, problems, grader, *how)
                 if args.out and RANK == 0:
