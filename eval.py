@@ -739,6 +739,11 @@ def main():
     settings = {name: getattr(args, name) for name in names}  # they are kept in every row
     folder, finished = Path(args.out or os.devnull), {}
     files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
+    if args.out:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out: {error}")
     for name, file in files.items():
         if file.exists():
             finished[name] = read_file(str(file))
@@ -766,7 +771,6 @@ def main():
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
                 result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
                 if args.out and RANK == 0:
-                    folder.mkdir(parents=True, exist_ok=True)
                     aside = file.with_suffix(".part")
                     aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
                     aside.rename(file)  # so a file of that name is whole
