@@ -254,8 +254,7 @@ def context_of(model):
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    by_length = rope.get("rope_type") in ("longrope", "dynamic")
-    original = rope.get("original_max_position_embeddings") if by_length else None
+    original = rope.get("rope_type") in ("longrope", "dynamic") and rope.get("original_max_position_embeddings")
     return original or getattr(config, "max_position_embeddings", math.inf)
 
 
@@ -277,9 +276,8 @@ def load_prompts(name, split, tokenizer, args):
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
     args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
-    lengths = [len(row["prompt_ids"]) for row in problems]
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
-    empty, skipped = lengths.count(0), len(problems) - len(kept)
+    empty, skipped = sum(not row["prompt_ids"] for row in problems), len(problems) - len(kept)
     found = f"{name}, {split}: {len(kept)} prompts"
     if skipped:
         found += f", skipped: {empty} without a token, {skipped - empty} longer than {args.max_prompt_tokens} tokens"
