@@ -1,22 +1,28 @@
 """Problems, prompts, grading and evaluation: the part that the four training scripts share.
 
-    python eval.py --model tests/tiny                                      the tiny model on generated sums
+    python eval.py --model tests/tiny                  the tiny model on generated sums
     python eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
-    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
-    python eval.py --compare runs/base runs/trained                        the difference of two finished evaluations
+    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24 --n 8
+    python eval.py --compare runs/base runs/trained    the difference of two finished evaluations
 
-torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list below, a hub id
-"owner/name", or a .jsonl or .parquet file with one problem and its answer per row. n = 1 is greedy; more completions
-are sampled with --temperature and --top_p. The table has one row per benchmark:
+torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list
+below, a hub id "owner/name", or a .jsonl or .parquet file with one problem and its answer per row.
+With --n 1 decoding is greedy; more completions are sampled with --temperature and --top_p. The
+table has one row per benchmark:
 
-    avg@n      accuracy: the mean over problems of the share of right completions, ± its standard error over problems
-    length     mean tokens per completion; truncated: share cut off at --max_new_tokens; no box: share without a box
+    avg@n      accuracy: the share of right completions per problem, averaged over problems,
+               ± its standard error over problems
+    length     mean number of tokens per completion
+    truncated  share of completions that were cut off at --max_new_tokens
+    no box     share of completions without a \\boxed answer
     time-outs  gradings that were stopped after 3 seconds; they count as wrong
-    pass@k     probability that at least one of k completions is right (unbiased estimate from n), k = 1, 2, 4, .. n
+    pass@k     probability that at least one of k completions is right (unbiased estimate from n),
+               for k = 1, 2, 4, .. n
 
---out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text, math-verify,
-time-out, crash, too long, no answer). After an interruption the same command skips the benchmarks that are finished.
---compare prints the difference in accuracy per benchmark with a 95% interval (paired bootstrap over problems).
+--out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text,
+math-verify, time-out, crash, too long, no answer). After an interruption the same command skips the
+benchmarks that are finished. --compare prints the difference in accuracy per benchmark with a 95%
+interval (paired bootstrap over problems).
 """
 
 import argparse
@@ -677,7 +683,7 @@ def hf_sampler(args, tokenizer, device):
 def parse_args():
     """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"data sets by name: arithmetic, {', '.join(HUB)}", allow_abbrev=False)
+                                     epilog=f"benchmarks by name: arithmetic,\n{', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--model", help="folder in transformers' format, or hub id")
     parser.add_argument("--benchmarks", default="arithmetic", help="names, files or hub ids, separated by commas")
@@ -687,10 +693,10 @@ def parse_args():
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="longer completions are cut off (1024)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (0 if n is 1, otherwise 0.6)")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling, unless greedy (0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the samples (0)")
-    parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm if CUDA has it")
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (0.9)")
-    parser.add_argument("--out", help="folder for all completions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm on a GPU if it is installed")
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU's memory (0.9)")
+    parser.add_argument("--out", help="folder in which all completions are kept")
     parser.add_argument("--compare", nargs=2, metavar="OUT", help="compare two finished evaluations; needs no --model")
     args = parser.parse_args()
     if args.temperature is None:
