@@ -1,28 +1,22 @@
 """Problems, prompts, grading and evaluation: the part that the four training scripts share.
 
-    python eval.py --model tests/tiny                  the tiny model on generated sums
+    python eval.py --model tests/tiny                                      the tiny model on generated sums
     python eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
-    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24 --n 8
-    python eval.py --compare runs/base runs/trained    the difference of two finished evaluations
+    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
+    python eval.py --compare runs/base runs/trained                        the difference of two finished evaluations
 
-torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list
-below, a hub id "owner/name", or a .jsonl or .parquet file with one problem and its answer per row.
-With --n 1 decoding is greedy; more completions are sampled with --temperature and --top_p. The
-table has one row per benchmark:
+torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list below, a hub id
+"owner/name", or a .jsonl or .parquet file with one problem and its answer per row. n = 1 is greedy; more completions
+are sampled with --temperature and --top_p. The table has one row per benchmark:
 
-    avg@n      accuracy: the share of right completions per problem, averaged over problems,
-               ± its standard error over problems
-    length     mean number of tokens per completion
-    truncated  share of completions that were cut off at --max_new_tokens
-    no box     share of completions without a \\boxed answer
+    avg@n      accuracy: the mean over problems of the share of right completions, ± its standard error over problems
+    length     mean tokens per completion; truncated: share cut off at --max_new_tokens; no box: share without a box
     time-outs  gradings that were stopped after 3 seconds; they count as wrong
-    pass@k     probability that at least one of k completions is right (unbiased estimate from n),
-               for k = 1, 2, 4, .. n
+    pass@k     probability that at least one of k completions is right (unbiased estimate from n), k = 1, 2, 4, .. n
 
---out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text,
-math-verify, time-out, crash, too long, no answer). After an interruption the same command skips the
-benchmarks that are finished. --compare prints the difference in accuracy per benchmark with a 95%
-interval (paired bootstrap over problems).
+--out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text, math-verify,
+time-out, crash, too long, no answer). After an interruption the same command skips the benchmarks that are finished.
+--compare prints the difference in accuracy per benchmark with a 95% interval (paired bootstrap over problems).
 """
 
 import argparse
@@ -127,50 +121,73 @@ def usable(rows, name, wanted=PROBLEMS | ANSWERS):
         missing = [names for key, names in wanted.items() if columns[key] is None]
         fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in missing))
     texts = [{**row, **{key: read_cell(row.get(column)) for key, column in columns.items()}} for row in rows]
-    in_box = columns["answer"].lower() == "solution"
+    if wanted.get("problem") == PROBLEMS["problem"]:
+        join_columns(texts, name, columns["problem"].lower(), found)
+    in_solution = columns["answer"].lower() == "solution"
     for row in texts:
         if "####" in row["answer"]:  # GSM8K's "so she has 18 #### 18"
             row["answer"] = row["answer"].rpartition("####")[2]
-        elif "\\boxed" in row["answer"] or in_box and not NUMBER.fullmatch(clean(row["answer"])):
+        elif "\\boxed" in row["answer"] or in_solution and not quantity(clean(row["answer"])):
             row["answer"] = last_boxed(row["answer"]) or ""
         row["answer"] = clean(row["answer"])
-        if len(re.findall(r"(?<![\\a-z])[a-z]{2,}", row["answer"], re.IGNORECASE)) > 12:  # words: a proof, no answer
+        if len(re.findall(r"(?<![\\a-z])[a-z]{2,}", row["answer"], re.IGNORECASE)) > 12:  # a proof
             row["answer"] = ""
     with Grader() as grader:
         readable = grader.readable({row["answer"] for row in texts})
     kept = [row for row in texts if row["answer"] in readable and row.get("problem") != ""]
-    where = " (in the column solution it must be a number, or stand in \\boxed{} or after ####)" if in_box else ""
+    where = " (in the column solution it must be a number, or stand in \\boxed{} or after ####)" if in_solution else ""
     check(kept, f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read{where}")
     if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an unusable answer{where}")
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer that is empty, open, "
+            f"without letter or digit, of more than a dozen words, or too slow to read{where}")
     return kept
 
 
+def join_columns(rows, name, column, found):
+    """Join what belongs to a problem: Body and Question, instruction and input, choices. Name what is left out."""
+    pair = {"question": ("body", "question"), "instruction": ("instruction", "input")}.get(column, (column,))
+    ignored = {"body", "context", "passage", *PROBLEMS["problem"]} & set(found) - set(pair)
+    if ignored:
+        say(f"{name}: the problem is in {column}; not used: {', '.join(sorted(ignored))}")
+    for row in rows:
+        choices = row.get(found.get("choices", found.get("options"))) or []
+        choices = choices["text"] if isinstance(choices, dict) else [choices] if isinstance(choices, str) else choices
+        lines = [f"{chr(65 + place)}. {choice}" for place, choice in enumerate(choices)]
+        row["problem"] = "\n".join(filter(None, [*(read_cell(row.get(found.get(key))) for key in pair), *lines]))
+
+
 def read_cell(value):
-    """The text of a cell: a string or number, a list of answers, a conversation's last turn, {"ground_truth": ...}."""
+    """The text of a cell: a string or number, a list of answers, a conversation, {"ground_truth": ...}."""
     if isinstance(value, dict):
-        value = value.get("ground_truth", value.get("content"))
-    if isinstance(value, list):
-        is_conversation = value and isinstance(value[-1], dict)
-        value = read_cell(value[-1]) if is_conversation else ", ".join(clean(read_cell(item)) for item in value)
-    return "" if value is None else str(value).encode("utf-8", "replace").decode().strip()  # no lone surrogates
+        value = next((value[key] for key in ("ground_truth", "content", "text") if key in value), None)
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # turns: all but the one to be written
+        value = "\n\n".join(read_cell(turn) for turn in value[: -1 if value[-1].get("role") == "assistant" else None])
+    elif isinstance(value, list):
+        value = ", ".join(clean(read_cell(item)) for item in value)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if value is None or value != value:  # not a number: a gap in a parquet file
+        return ""
+    return str(value).encode("utf-8", "replace").decode().strip()  # no lone surrogates
 
 
 def read_file(path):
-    """Rows of a .parquet file or of JSON lines, as dicts."""
+    """Rows of a .parquet file, of JSON lines or of a JSON array, as dicts."""
     rows, place = [], ""
     try:
         if path.endswith(".parquet"):
             from pyarrow import parquet
 
             return parquet.read_table(path).to_pylist()
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                place = f", line {number}"
-                if line.strip():
-                    rows.append(dict(json.loads(line)))
+        content = Path(path).read_bytes()
+        if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one JSON array
+            return [dict(row) for row in json.loads(content)]
+        for number, line in enumerate(content.splitlines(), start=1):
+            place = f", line {number}"
+            if line.strip():
+                rows.append(dict(json.loads(line)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(f"cannot read {path}{place}: {error}; it must be .parquet, or have a JSON object in each line (.jsonl)")
+        fail(f"cannot read {path}{place}: {error}; it must be .parquet, or have a JSON object in each line, or in one array")
     return rows
 
 
@@ -259,9 +276,9 @@ def context_of(model):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("rope_type") in ("longrope", "dynamic") and rope.get("original_max_position_embeddings")
-    return original or getattr(config, "max_position_embeddings", math.inf)
+    rope, most = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
+    by_length = rope.get("rope_type") in ("longrope", "dynamic")
+    return rope.get("original_max_position_embeddings", most) if by_length else most
 
 
 def load_prompts(name, split, tokenizer, args):
@@ -269,172 +286,177 @@ def load_prompts(name, split, tokenizer, args):
 
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
-    from transformers import AutoConfig
-
-    problems = load_problems(name, split)[: getattr(args, "limit", None)]
+    args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
+    problems, kept, lost = load_problems(name, split)[: getattr(args, "limit", None)], [], []
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
-        row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
-    size = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size
-    largest = max(max(row["prompt_ids"], default=0) for row in problems)
-    check(largest < size, f"the tokenizer makes token {largest}, but {args.model} has a vocabulary of {size}")
-    lost = [row["problem"] for row in problems if "".join(row["problem"].split())
-            not in "".join(tokenizer.decode(row["prompt_ids"]).split())]
+        ids = row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
+        if "".join(row["problem"].split()) not in "".join(tokenizer.decode(ids).split()):
+            lost.append(row["problem"])
+        if 0 < len(ids) <= args.max_prompt_tokens:
+            kept.append(row)
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
-    args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
-    kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
-    empty, skipped = sum(not row["prompt_ids"] for row in problems), len(problems) - len(kept)
-    found = f"{name}, {split}: {len(kept)} prompts"
-    if skipped:
-        found += f", skipped: {empty} without a token, {skipped - empty} longer than {args.max_prompt_tokens} tokens"
-    check(kept, f"{found} (a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context)")
-    say(found)
+    skipped = len(problems) - len(kept)
+    found = f"{name}, {split}: {len(kept)} prompts, {skipped} skipped"
+    why = f" (empty, or longer than {args.max_prompt_tokens} tokens)" if skipped else ""
+    check(kept, f"{found}{why}: a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context")
+    say(found + why)
     return kept, skipped
 
 
 # ---- Grading ----
 
-SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
-                         "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "³": "^3"})
+SPELLINGS = {  # what stands in an answer: how it is read
+    r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2", "³": "^3",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "√": r"\sqrt ",
+    r"\$": "", "$": "", "£": "", "€": "", "**": "", "`": "", "<answer>": "", "</answer>": "", "~": " ",
+    r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ",
+    r"\left": "", r"\right": "", r"\mathbf": "", r"\boldsymbol": "", r"\mathrm{e}": "e", r"\mathrm{i}": "i",
+    r"\mathrm": r"\text", r"\mbox": r"\text", r"\textbf": r"\text", r"\text {": r"\text{", r"\text{ ": r"\text{",
+    " }": "}", r"\text{and}": ",", r"\text{or}": ",", " and ": ",", " or ": ",", ",,": ",", "{,}": ",",
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
+FILLERS = ("so thus hence therefore then the that this it we is are be get final correct answer value result total "
+           "about exactly approximately").split()
+UNITS = (r"m meter|km kilometer|cm centimeter|mm millimeter|g gram|kg kilogram|s second|min minute|h hr hour"
+         r"|in inche inch|ft foot feet|mi mile|l liter|lb pound|degree \circ|cent|dollar|% percent \%|day|year|unit"
+         r"|people|mph|sq square|N|J|W|V|K|C|/ per|of|a|each")
+UNITS = {spelling: names.split()[0] for names in UNITS.split("|") for spelling in names.split()}
+NO_UNITS = ("less times minus plus thirds halves quarters fifths sixths sevenths eighths ninths tenths hundredths "
+            "thousandths tens dozens hundreds thousands millions billions trillions doubles triples squares cubes").split()
 NUMBER = re.compile(r"""
-    ([-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500}))  # -12, 12.5, .5
-    (?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(-?\d)))?  # \times 10^{-3}, * 10^3
-    \s*(\\?%)?
+    ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
+    (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
     """, re.X)
-PLAIN = re.compile(r"""
-    (?:[a-z]\s*=)?  # x =
-    (?:\\(?:[dt]?frac|sqrt|pi|times|cdot)(?![a-z])|\\?%|[\s\d.{}\[\]^/+-])*  # a value without names
-    """, re.X)
-UNFINISHED = re.compile(r"""  # what is still to be worked out, and what math-verify misreads
-    [^\s({[^,_]\s*(?:[-+]|(?:\*|\\times|\\cdot)(?!\s*(?:10\s*\^|\\sqrt|\\pi)))  # 37+5, 6*7; but 6 \times 10^7, 6*\pi
-    |(?<!_)\d\s*\(|\)\s*[\d(]|(?<!_)\d\s+\d  # 6(7), which it takes for a mixed number, (6)7, 6 7
-    |^-?\{?\d+\}?\s*\{\s*\d  # 6{7}
-    |\d\s*\\[dt]?frac\s*\{\d\d+\}\s*\{\d\}  # 6\frac{12}{7}
-    |\d_(?!\{?10\b)  # 101_2, which it takes for 101
-    |\\infty|\\sum|\\prod  # \infty^\infty
-    """, re.X)
-TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{[\s~]*+([^{}]*)\}")
-FILLERS = ("so|thus|hence|therefore|then|and|the|that|this|which|is|are|be|it|we|he|she|they|there|have|has|get|gives"
-           "|means|our|my|final|correct|answer|result|value|solutions?|total|sum|equals?|to|of|in|exactly|about")
-VALUE = re.compile(rf"""  # in a text whose \text{{...}} are marked by a NUL before them
-    (?:\0?(?:{FILLERS})[:,]?\ |\0)*+  # the words before it
-    ([^\0]+?(?<!circ)(?<![\^{{])(?=\ \0)  # the value, up to a \text,
-    |(?:\\[a-z]+|\\?[^a-z\\])*(?:[\d)}}%\].]|\\pi))  # or as long as there are no names
-    (?:\\?\ |~)*(.*)  # a unit, or other words
-    """, re.X | re.I)
-CHANGES = re.compile(r"""  # words and signs behind a value that make another one of it
-    (?i:\b(?:no[rt]?|or|but|except|wrong|incorrect|false
-    |than|less|fewer|more|most|least|below|above|under|over|short|off
-    |minus|plus|times\ \w+|mod\w*|power|root|point|pi|factorial|percent|inverse|recip\w*
-    |zero|one|two|hal[fv]\w*|thirds?|quarters?|dozens?|(?:\w*en|fif|six|eigh|nin|\w+d)ths?  # seventh, hundredth
-    |\w+[bilrv]ed|\w*and|\w*llion)\b|n't)  # doubled, squared, halved; thousand; million; isn't
-    |(?<![-^])\d|(?<!circ\ )(?<!\0)\b[A-Z]\b|\b[a-fi-knp-rt-z]\b  # factors: 5 2, 5 J, 5 x; but m^2, \text{J}, 5 m
-    |[^\w\s\0/^'’\\-]|\\(?!circ)|\^\W?(?!circ|[snrt][tdh])[^\W\d]  # 5!, 5 \pi, 5^x; but 5^\circ, 5^{th}
-    """, re.X)
-UNITS = (  # the names of a unit, its own first
-    "m,meter,metre|cm,centimeter|mm,millimeter|km,kilometer|in,inche,inch|ft,foot,feet|yd,yard|mi,mile"
-    "|l,liter,litre|ml,milliliter|g,gram|mg,milligram|kg,kilogram|lb,pound|oz,ounce|hz|khz"
-    "|s,sec,second|min,minute|h,hr,hour|day|week|month|year|am|pm|degree,^\\circ|rad,radian|c|f|n|j|v|w|k|a"
-    "|cent|dollar|euro|/,per|^ 2,^2,square,sq|^ 3,^3,cubic,cu|mi / h,mph|km / h,kmh")
-UNITS = {name: names.split(",")[0] for names in UNITS.split("|") for name in names.split(",")}
 
 
 def last_boxed(text):
-    """What stands in the last \\boxed{...} that is closed, or None. One pass over the text, whatever its nesting."""
-    start, end, open_braces = -1, -1, []
-    for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):  # \\. skips escaped braces
-        if match[0] == "{" or match[0].startswith("\\boxed"):
-            open_braces.append((match.end(), match[0] != "{"))
+    """The content of the last closed \\boxed{...} or \\boxed 5, or None. One pass over the text, however deep it nests."""
+    start, content, open_braces = -1, None, []
+    for match in re.finditer(r"\\boxed\s*(?:\{|(\w+))|\\.|[{}]", text, re.DOTALL):  # \\. skips escaped braces
+        if match[1]:
+            start, content = match.start(), match[1]
+        elif match[0] == "{" or match[0].startswith("\\boxed"):
+            open_braces.append(match)
         elif match[0] == "}" and open_braces:
-            opened, is_box = open_braces.pop()
-            if is_box and opened > start:
-                start, end = opened, match.start()
-    return None if start < 0 else text[start:end]
+            opened = open_braces.pop()
+            if opened[0] != "{" and opened.start() > start:
+                start, content = opened.start(), text[opened.end():match.start()]
+    return content
 
 
 def stated(text):
-    """What the last line says after "answer is", "Answer:" or "####" (FILLERS alone before it, and no box), or None."""
-    line = text.strip()[-500:].rpartition("\n")[2].replace("**", "")
-    match = re.match(rf"(?:.*[^a-z\s'])?\s*(?:(?:{FILLERS}) )*(?:answer is|answer:|####)[\s:]*([^\s:].*)", line, re.I)
+    """What the last line says after "answer is", "Answer:" or "####" (only FILLERS before it, and no box), or None."""
+    line = text.strip()[-500:].rpartition("\n")[2].replace("**", "").removesuffix(" I hope it is correct.")
+    before = rf"(?:.*[^a-z\s'])?\s*(?:(?:{'|'.join(FILLERS)}) )*"
+    match = re.match(rf"{before}(?:answer is|answer:|####)[\s:]*([^\s:].*)", line, re.I)
     return match[1] if match and "\\boxed" not in line else None
 
 
 def clean(text):
-    """An answer in a form that math-verify reads: "$8\\,178.$" -> "8178", "4.5e33" -> "4.5 \\times 10^{33}"."""
-    text = " ".join(text.translate(SYMBOLS).split())
-    if text.isdecimal():  # most are, and nothing below changes them
+    r"""An answer in one layout: "$8\,178.$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e33" -> "4.5 \times 10^{33}"."""
+    if text.isdecimal():  # most answers are
         return text
-    text = re.sub(r"^\s*(?:\\approx|\\sim(?:eq)?|[=~])|\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()  # \approx 7; $7$
-    text = re.sub(r"(?<=\d)(?:,?\\[,!;: ]\s*|\{,\}\s*|~)(?=\d{3}(?!\d))", "", text)  # 8\,178  8{,}178  8,\!178
-    if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?\D*", text):
-        text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)  # 1,250,000 people
-    text = re.sub(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)  # 4.5e33
-    text = re.sub(r"(?<!\\)\\(?:[,;:!]|(?:left|middle|right)(?![a-z]))", " ", text)  # thin spaces, and sizes
-    text = re.sub(r"(?<![\d.,/])(\d{1,9})(?: |\\ |~)(\d{1,2})/(\d{1,3})(?![\d.])", r"\1\\frac{\2}{\3}", text)  # 1 1/2
-    text = re.sub(r"(\.\d{0,99})\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?", lambda x: x[1] + 12 * x[2], text)  # .\bar3
-    # \sin 30^\circ in radians
-    text = re.sub(r"(\\[cst]..\b[^=,+-]{0,9}?)([\d.]{1,9}) ?\^ ?\{? ?\\circ\b ?\}?", r"\1\\frac{\2\\pi}{180}", text)
-    text = re.sub(r"^\s*\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s?\{?R\}?\s*)?(?:\\mid|:|\|)(.*)\\\}$", r"\1", text)  # x: x>3
-    text = re.sub(r"^(?:\\[a-z]+\{)?\(?([A-J])[).:]\}?\\?\s\W*\b(?!.*\b[A-J]\b).*", r"\1", text)  # B) 5
-    return " ".join(re.sub(r"(?<!\.)\.$", "", text).replace("\\langle", "(").replace("\\rangle", ")").split())
+    for spelling, meaning in SPELLINGS.items():
+        text = text.replace(spelling, meaning)
+    text = " ".join(text.split()).removesuffix(".")
+    text = re.sub(r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}", text)  # \frac12
+    text = re.sub(r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}", text)
+    text = re.sub(r"(?<![\w.}])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}", text)  # 1/2
+    text = re.sub(r"(\d)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
+    text = re.sub(r"^(-?)10 ?\^", r"\g<1>1 \\times 10^", text)
+    text = re.sub(r"\\text\{([^a-zA-Z{}]*)\}", r"\1", text)  # \text{5}
+    text = re.sub(r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2", text)  # {5} and (5)
+    text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$|, ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
+    if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
+        text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
+    while (word := re.match(r"(?:\\text\{)?([a-zA-Z]+):?[ }]+", text)) and word[1].lower() in FILLERS:
+        text = text[word.end():]
+    return text.strip()
 
 
-def same_number(gold, answer):
-    """Whether two cleaned plain numbers are equal, to 6 decimals (6 digits below 1); None if one is no plain number.
+def measured(text):
+    r"""A value and its unit, a known name or a plural that is not about numbers: "5 \text{ meters}^2" -> ("5", ["m", "^2"]).
 
-    Percentages are taken as generously as math-verify does: 62.5 and 0.625 are both right for 62.5%.
+    Single letters are factors, and other words change the value: "5 x" -> ("5 x", []), "5 squared" -> ("5 squared", []).
     """
-    matches = [NUMBER.fullmatch(text) for text in (gold, answer)]
-    if not all(matches):
+    value, rest = re.fullmatch(r"(.*?) ?(\^?\{?\\circ.*|\\?%.*|\\text.*| [a-zA-Z]{2,}.*| [a-zA-Z]/.*|)", text).groups()
+    unit = []
+    for word in re.findall(r"\^-?\d|\\?[a-zA-Z]+|\\?\S", re.sub(r"\\text|[{}.]|\^(?=[{ ]*\\circ)", "", rest)):
+        known = UNITS.get(word) or UNITS.get(word.lower().removesuffix("s"))
+        plural = word.isalpha() and len(word) > 3 and word.endswith("s") and word.lower() not in NO_UNITS
+        if not (known or plural or word[0] == "^" and unit):
+            return text, []
+        unit.append(known or word.lower())
+    return value, unit
+
+
+def quantity(text):
+    r"""(value, unit) of a number that is written out, else None: "1\frac{1}{2} \text{ cm}" -> (Fraction(3, 2), ["cm"])."""
+    value, unit = measured(text)
+    match = NUMBER.fullmatch(value)
+    if not match or len(value) > 1000:
         return None
-    gold, answer = (Fraction(match[1]) * Fraction(10) ** int(match[2] or match[3] or 0) for match in matches)
-    answers = [answer]
-    if bool(matches[0][4]) != bool(matches[1][4]):
-        answers.append(answer * 100 if matches[0][4] else answer / 100)
-    return any(gold == value or abs(gold - value) < min(1, abs(gold)) / 2_000_000 for value in answers)
+    sign, whole, top, bottom, decimal, power = match.groups()
+    if bottom and (int(bottom) == 0 or whole and not 0 <= int(top) < int(bottom)):
+        return None
+    number = int(whole or 0) + Fraction(decimal or f"{top}/{bottom}")
+    return number * Fraction(10) ** int(power or 0) * (-1 if sign == "-" else 1), unit
 
 
-def parts(text):
-    r"""A value without the words around it, and its unit: "x=about 15\text{ cm}^2" -> ("x=15", ["2", "^", "cm"])."""
-    label, equals, value = text.rpartition("=")
-    match = re.search("[a-zA-Z]", value) and VALUE.fullmatch(" ".join(TEXT.sub(" \0\\1 ", value).split()))
-    after = re.sub(r"\^ ?\{ ?([^{} ]*) ?\}|\^ ", r"^\1", match[2].replace(".", "")) if match else "?"
-    if CHANGES.search(after):
-        return text, []
-    names = [UNITS.get(x, UNITS.get(x.removesuffix("s"), "")) for x in re.findall(r"[a-z]+|\^\S\w*|/", after.lower())]
-    return label + equals + clean(match[1]), sorted(" ".join(names).split())
+def same_quantity(gold, answer):
+    """Whether two quantities are equal to a millionth, and in their units if both have one."""
+    (gold, unit), (answer, other) = gold, answer
+    return not (unit and other and unit != other) and abs(gold - answer) * 10**6 <= min(1, abs(gold))
+
+
+def sides(text):
+    """The name and the values of an equation: "x = 3+4 = 7" -> ("x", ["3+4", "7"]), "7" -> ("", ["7"])."""
+    first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
+    name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-zA-Z]+)(_\w|_\{[^{}]*\})?'?(\([\w, ]*\))?"  # x_1, f(n), Area
+    return (first, rest) if rest and re.fullmatch(name, first) else ("", [first, *rest])
+
+
+def words_of(text):
+    r"""A text in small letters if it is words, or a date, time or ratio, else "": "\text{East}" -> "east", "2k" -> ""."""
+    words = " ".join(re.sub(r"\\text|[{}()]", " ", text).split())
+    is_words = re.fullmatch(r"[a-zA-Z]|(?=.*[a-zA-Z]{2})[a-zA-Z' ]+|[\d:/.-]+", words)
+    return (words if len(words) == 1 else words.lower()) if is_words else ""
 
 
 def judge_text(gold, answer):
-    """True or False, or where two cleaned texts do not decide (gold, answer, ...) that math-verify has to find equal.
-
-    Against a plain value no sum is right ("37+5+81+26"): a model in training would learn to repeat the question.
-    """
-    same = gold.split() == answer.split() or same_number(gold, answer)
-    if same is not None or not gold or not answer:
-        return bool(same and gold and answer)
-    words = [TEXT.sub(r" \1", text).lower() for text in (gold, answer)]
-    if all(re.fullmatch(r"(?=.*[a-z]{2})[a-z\s']*|\d+_\W*\w+\W*", text) for text in words):  # no letters multiplied
-        gold, answer = (re.sub(rf"\b(?:{FILLERS})\b|[{{}}]", "", text).split() for text in words)
-        return gold == answer != []
-    shapes = [re.sub(r"^.*(?:=|\\in\b)|\\[a-z]+|(?<!\\)[{}]|[^(){}\\]", "", text) for text in (gold, answer)]
-    (gold, unit), (answer, other) = parts(gold), parts(answer)
-    if set(shapes) == {"()", "\\{\\}"} or unit and other and unit != other:  # tuple and set; m and cm
+    """True or False by principles 2 to 4, for cleaned texts; None if formulas have to be compared."""
+    tight = [re.sub(r"\{(\w)\}|(?<!\d) | (?!\d)", r"\1", text) for text in (gold, answer)]
+    if tight[0] == tight[1] or not gold or not answer:
+        return bool(gold and answer)
+    (name, values), (other, found) = sides(gold), sides(answer)
+    if name and other and name != other and "," not in gold:
         return False
-    plain = PLAIN.fullmatch(gold) and not UNFINISHED.search(gold)  # then each side without a name must be it: not 8=7
-    sides = [side.strip() for side in answer.split("=") if re.fullmatch(r"(?=.*\S)(?:\\[a-z]+|[^a-z\\])*", side, re.I)]
-    if plain and all(UNFINISHED.search(side) for side in sides or [answer]):
-        return False
-    same = same_number(gold, answer)
-    return (gold, *dict.fromkeys([answer, *sides] if plain else [answer])) if same is None else same
+    expected = quantity(values[0]) if len(values) == 1 else None
+    if expected:  # the other sides may be sums, but not 2x, or 5 <
+        numbers = [number for side in found if (number := quantity(side))]
+        sums = [side for side in found if re.fullmatch(r"(\\(frac|sqrt|cdot|times)|[^a-zA-Z\\<>,?])*", side)]
+        return (bool(numbers) and all(same_quantity(expected, number) for number in numbers)
+                and all(side in sums or quantity(side) for side in found))
+    if words_of(gold):
+        return words_of(gold) == words_of(answer)
+    return None
 
 
 class Grader:
-    """Grades completions in worker processes, where a grading ends at its deadline or at the memory limit.
+    r"""Grades completions by six principles.
 
-    The answer is the last box, or without one what the last line states; absurdly longer than the gold it is wrong.
-    Workers start when first needed; memory_gb is for all of them together. `timeouts` counts gradings that were stopped
-    after `deadline` seconds, `crashes` those that died otherwise: their answers are wrong.
+    1. The answer is the content of the last box, or what the last line states. A thought (<think>) is not read, and
+       layout does not count.
+    2. The same text is right. Where the gold is words, only these words are right, in capitals or not.
+    3. Where the gold is a number, only a number that is written out is right: an integer, decimal, fraction or mixed
+       number, times a power of ten, equal to a millionth. 37+5 is wrong for 42: a model in training would learn to
+       repeat the question. Every side of an equation that is a number counts: 37+5=42 is right for 42, 8=7 wrong for 7.
+    4. A value may be followed by its unit, but not by a word that changes it. Two units have to be the same.
+    5. math-verify compares everything else. But nothing may be left to add, multiply or integrate, a list has the same
+       length and brackets, and an inequality is wrong for an interval.
+    6. A grading that reaches its deadline or memory limit is stopped, and wrong. So is an absurdly long answer.
+
+    Workers start when first needed, and share memory_gb. `timeouts` and `crashes` count the gradings that were stopped.
     """
 
     def __init__(self, workers=None, deadline=3.0, memory_gb=3.0):
@@ -450,7 +472,7 @@ class Grader:
         return self
 
     def __exit__(self, *_):
-        """End the workers, also those at work."""
+        """End the workers, including those at work."""
         self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self.running.values()):
@@ -460,26 +482,28 @@ class Grader:
 
     def grade(self, completion, gold):
         """Whether the completion's answer is the gold's."""
-        return self.grade_all([(completion, gold)])[0]
+        return self.judge_all([(completion, gold)])[0]["correct"]
 
     def grade_all(self, pairs):
         """Whether the answers are right, for (completion, gold) pairs, in order."""
         return [verdict["correct"] for verdict in self.judge_all(pairs)]
 
     def judge_all(self, pairs):
-        """Verdicts on (completion, gold) pairs, in order; the same answer to the same gold is graded only once.
+        """Verdicts on (completion, gold) pairs, in order. The same answer to the same gold is graded only once.
 
         A verdict: {"correct", "extracted": the answer or None, "boxed", "why": what decided}, as in the rows of --out.
         """
         verdicts, open_questions = [], {}
         for completion, gold in pairs:
-            gold, box = clean(gold), last_boxed(completion)
-            extracted = stated(completion) if box is None else box
+            seen = re.split("<think>", re.split("</think>", completion)[-1])[0]  # also of an unfinished thought
+            gold, box = clean(gold), last_boxed(seen)
+            extracted = stated(seen) if box is None else box
             correct, why = False, "no answer" if extracted is None else "too long"
             if extracted is not None and len(extracted) <= 400 + 4 * len(gold):
-                correct, why = judge_text(gold, clean(extracted)), "text"
-                if isinstance(correct, tuple):
-                    open_questions.setdefault(correct, []).append(len(verdicts))
+                answer = clean(extracted)
+                correct, why = judge_text(gold, answer), "text"
+                if correct is None:
+                    open_questions.setdefault((gold, answer), []).append(len(verdicts))
             verdicts.append({"correct": correct, "extracted": extracted, "boxed": box is not None, "why": why})
         for reply, places in zip(self.threads.map(self.ask, open_questions), open_questions.values()):
             self.timeouts += reply == "time-out"
@@ -490,18 +514,18 @@ class Grader:
         return verdicts
 
     def readable(self, golds):
-        """The set of those cleaned golds that can be graded: plain numbers, and what math-verify parses in time."""
-        golds = sorted(golds - {""})
-        parsed = self.threads.map(lambda gold: bool(NUMBER.fullmatch(gold)) or self.ask((gold,)) == "right", golds)
-        return {gold for gold, good in zip(golds, parsed) if good}
+        """Those cleaned golds that an answer can be compared with: with a letter or digit, closed braces, and in time."""
+        golds = sorted(gold for gold in golds if re.search(r"\w", gold) and gold.count("{") == gold.count("}"))
+        easy = [judge_text(gold, "?") is False for gold in golds]
+        replies = self.threads.map(lambda gold, is_easy: is_easy or self.ask((gold, gold)) in ("right", "wrong"), golds, easy)
+        return {gold for gold, good in zip(golds, replies) if good}
 
     def ask(self, question):
-        """A worker's word on (gold, answer, ...): right (all), wrong, time-out or crash; on (gold,): is it readable?"""
-        for _ in range(2):  # a worker that something else killed is replaced, and the question asked once more
+        """A worker's reply to (gold, answer): right, wrong, time-out or crash. For (gold,): whether it can be read."""
+        for _ in range(2):  # if something else killed the worker, the next one is asked
             worker = self.running.get(threading.get_ident())
             if worker is None or worker.poll() is not None:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-                pipes["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # some of sympy's verdicts hang on sets' order
                 worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
                 self.running[threading.get_ident()] = worker
             try:
@@ -516,33 +540,89 @@ class Grader:
         return "crash"
 
 
-def work(deadline, memory_gb):
-    """A grader's worker: replies with a word to each JSON line [gold, answer, ...], and ends with its parent.
+def read(text):
+    r"""math-verify's tree of a cleaned text, not evaluated, a list in order of size. None if it is not as it is written.
 
-    This process only imports sympy. A fork of it does the work: at the deadline the kernel ends it by an alarm that
-    nobody handles, and the next fork is there at once, where importing sympy again would take a second.
+    Its parser adds numbers that stand side by side, and works out \gcd: then numbers are missing from the tree.
+    """
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from math_verify.grader import sort_key
+    from sympy import FiniteSet, Number, Tuple
+
+    text = re.sub(r"(?<![a-zA-Z\\])i(?![a-zA-Z])", "{I}", text)  # the root of -1
+    as_written = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    tree = latex2sympy(text, is_real=True, conversion_config=as_written)
+    written = re.findall(r"\d*\.?\d+", re.sub(r"(?<!\d)_(?:\w|\{[^{}]*\})", "", text))
+    kept = {abs(part) for number in tree.atoms(Number) for part in (number, *number.as_numer_denom())}
+    if isinstance(tree, FiniteSet):  # sympy's comparison would forget how often an element stands there
+        tree = Tuple(*sorted(tree._unsorted_args, key=sort_key))
+    return tree if kept.issuperset(map(Number, written)) else None
+
+
+def length(tree):
+    """How many names, numbers and functions a formula has: four in 2x + 3x, two in 5x."""
+    if tree.is_Rational:
+        return (abs(tree.p) != 1) + (tree.q != 1) or 1
+    counted = [part for part in tree.args if not (part in (1, -1) and (tree.is_Mul or tree.is_Pow))]
+    return sum(map(length, counted)) + tree.is_Function if tree.args else 1
+
+
+def work_left(tree):
+    """How much a formula leaves to be done: 2x + 3x becomes shorter, in (x+1)(x+2) sums are multiplied; n(n-1) is done."""
+    from sympy import Expr, expand, preorder_traversal
+    from sympy.concrete.expr_with_limits import ExprWithLimits
+
+    if not isinstance(tree, Expr):
+        return sum(map(work_left, getattr(tree, "args", tree)))  # a matrix has no args
+    products = [part for part in preorder_traversal(tree) if part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
+                or part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1]
+    done = tree.doit()
+    left = length(tree) - min(length(done), length(expand(done)))
+    return max(0, left) + len(products) + tree.has(ExprWithLimits)
+
+
+def same(gold, answer):
+    """Whether two cleaned texts mean the same, by principle 5. Of an equation that states a value, every side does."""
+    (gold, unit), (answer, other) = measured(gold), measured(answer)
+    shapes = [re.sub(r"\\[{}]|[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
+    shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
+    if shapes[0] != shapes[1] or unit != other and (unit and other or ["degree"] in (unit, other)):
+        return False
+    (_, values), (_, found) = sides(gold), sides(answer)
+    if len(values) > 1 or len(found) > 1 and "," in answer:
+        values, found = [gold], [answer]
+    return all(same_formula(read(values[0]), read(side)) for side in found)
+
+
+def same_formula(gold, answer):
+    """Whether math-verify finds two trees equal, and the answer is as far worked out and solved as the gold."""
+    from math_verify import verify
+    from sympy import Number, Symbol
+    from sympy.core.relational import Relational
+
+    if gold is None or answer is None or work_left(answer) > work_left(gold):
+        return False
+    if isinstance(gold, Relational) and isinstance(answer, Relational):
+        if any(isinstance(side, Symbol) for side in gold.args) > any(isinstance(side, Symbol) for side in answer.args):
+            return False
+    if isinstance(answer, Number) and gold.is_number:
+        return abs((gold - answer).evalf(30, maxn=1000)) * 10**6 <= min(1, abs(gold.evalf()))
+    return verify(gold, answer, numeric_precision=1000, timeout_seconds=None)
+
+
+def work(deadline, memory_gb):
+    """A grader's worker: replies with a word to each JSON line [gold, answer], and ends with its parent.
+
+    This process only imports sympy. A fork of it does the work. At the deadline the kernel ends the fork by an alarm
+    that nobody handles, and the next fork is there at once, where importing sympy again would take a second.
     """
     import logging
 
-    from math_verify import LatexExtractionConfig, grader, parse, parser, verify
-
-    config = [LatexExtractionConfig(False, 0, parser.NormalizationConfig(units=False, malformed_operators=True))]
-
-    def read(text):  # math-verify's own time-outs are off (None): they would take our alarm
-        text = re.sub(r"(?<![a-z\\])i(?![a-z])", "{I}", text)  # the root of -1
-        trees = parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
-        items = trees[0] if trees and isinstance(trees[0], (grader.FiniteSet, grader.Tuple)) else [None]
-        if all(map(grader.is_equation, items)) and len({item.args[0] for item in items}) == len(items):  # y = 4, x = 3
-            trees[0] = grader.Tuple(*sorted(items, key=str))
-        elif "or" in text and all(map(grader.is_relation, items)):  # x < 1 or x > 3
-            trees[0] = sum((item.as_set() for item in items), grader.FiniteSet())  # sympy's union
-        return trees
-
     logging.disable()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    read("1")
+    same("1+x", "x+1")  # imports what is needed
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    for stream in (1, 2):  # what a library prints is no reply, and sympy's complaints interest nobody
+    for stream in (1, 2):  # a library's output is not a reply
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     if sys.platform != "darwin":  # macOS does not know this limit
         limit, hard = int(memory_gb * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -553,10 +633,12 @@ def work(deadline, memory_gb):
             return
         replies.write(b"time-out\n" if status == signal.SIGALRM else b"crash\n")
     for line in sys.stdin.buffer:
-        gold, *answers = json.loads(line)
+        gold, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, deadline)
-        how = {"numeric_precision": 40, "allow_set_relation_comp": True, "timeout_seconds": None}
-        right = bool(expected := read(gold)) and all(verify(expected, read(answer), **how) for answer in answers)
+        try:
+            right = same(gold, answer)
+        except Exception:  # it cannot be read, or sympy cannot compare it
+            right = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(b"right\n" if right else b"wrong\n")
 
@@ -578,17 +660,18 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
             prompts = [problems[i]["prompt_ids"] for i in batch]
             completions = sampler(prompts, n, (seed * WORLD + RANK) * len(problems) + start, temperature)
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
-            indices = [i for i in batch for _ in range(n)]
-            verdicts = grader.judge_all([(text, problems[i]["answer"]) for text, i in zip(texts, indices, strict=True)])
-            for i, text, completion, verdict in zip(indices, texts, completions, verdicts):
-                row = {"index": i, **{key: problems[i][key] for key in ("problem", "answer")}, "completion": text}
-                records.append({**row, "length": len(completion.ids), "finish": completion.finish, **verdict})
-            bar.set_postfix(accuracy=f"{statistics.fmean(row['correct'] for row in records):.3f}", refresh=False)
+            rows = [{"index": i, "problem": problems[i]["problem"], "answer": problems[i]["answer"]}
+                    for i in batch for _ in range(n)]
+            verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
+            for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
+                row |= {"completion": text, "length": len(completion.ids), "finish": completion.finish, **verdict}
+            records += rows
             bar.update(len(batch))
-    shares = [records] * WORLD
+    shares = [records]
     if WORLD > 1:
         import torch
 
+        shares = [None] * WORLD
         torch.distributed.all_gather_object(shares, records)
     return summarize(sorted((row for rows in shares for row in rows), key=lambda row: row["index"]))
 
@@ -602,23 +685,20 @@ def summarize(records):
     groups = {}
     for record in records:
         groups.setdefault(record["index"], []).append(record["correct"])
-    means = [statistics.fmean(group) for group in groups.values()]
-    n = len(records) // len(groups)
+    means, n = [statistics.fmean(group) for group in groups.values()], len(records) // len(groups)
+
+    def pass_at(k):
+        return statistics.fmean(1 - math.comb(n - sum(group), k) / math.comb(n, k) for group in groups.values())
+
     return {
         "accuracy": statistics.fmean(means),
         "standard_error": statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else math.nan,
-        "pass_at_k": {
-            k: statistics.fmean(1 - math.comb(n - sum(group), k) / math.comb(n, k) for group in groups.values())
-            for k in [2**power for power in range(n.bit_length())]
-        },
+        "pass_at_k": {2**power: pass_at(2**power) for power in range(n.bit_length())},
         "length": statistics.fmean(record["length"] for record in records),
         "truncated": statistics.fmean(record["finish"] == "length" for record in records),
         "no_box": statistics.fmean(not record["boxed"] for record in records),
         "grader_timeouts": sum(record["why"] == "time-out" for record in records),
-        "problems": len(groups),
-        "n": n,
-        "means": means,
-        "records": records,
+        "problems": len(groups), "n": n, "means": means, "records": records,
     }
 
 
@@ -628,7 +708,6 @@ Completion = namedtuple("Completion", "ids finish")  # token ids with the stop t
 def vllm_sampler(args, tokenizer, device):
     """A sampler for evaluate: vLLM's generate. Completion k of prompt i has the seed (seed + i)·n + k."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
 
     engine = vllm.LLM(
@@ -640,8 +719,8 @@ def vllm_sampler(args, tokenizer, device):
     stops = stop_tokens(args.model, tokenizer)
 
     def sample(prompt_ids, n, seed, temperature):
-        how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
-        how |= {"stop_token_ids": stops, "detokenize": False}
+        how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens,
+               "stop_token_ids": stops, "detokenize": False}
         params = [vllm.SamplingParams(seed=(seed + i) * n % 2**62, **how) for i in range(len(prompt_ids))]
         requests = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
         return [Completion(list(output.token_ids), output.finish_reason) for row in requests for output in row.outputs]
@@ -656,8 +735,8 @@ def hf_sampler(args, tokenizer, device):
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
-    stops = stop_tokens(args.model, tokenizer)
     model.generation_config = GenerationConfig()
+    stops = stop_tokens(args.model, tokenizer)
 
     def sample(prompt_ids, n, seed, temperature):
         how = {"max_new_tokens": args.max_new_tokens, "eos_token_id": stops, "pad_token_id": max(0, stops[0])}
@@ -666,37 +745,43 @@ def hf_sampler(args, tokenizer, device):
         rows = [ids for ids in prompt_ids for _ in range(n)]
         width = max(map(len, rows))  # padded on the left: all prompts end at one place
         input_ids = torch.tensor([[-1] * (width - len(ids)) + ids for ids in rows], device=device)  # [B, S]
-        inputs = {"input_ids": input_ids.clamp(min=0), "attention_mask": (input_ids >= 0).long()}
         torch.manual_seed(seed)
-        output = model.generate(**inputs, generation_config=GenerationConfig(**how))  # [B, S + T]
-        completions = []
-        for ids in output[:, width:].tolist():
-            stop = next((t for t, token in enumerate(ids) if token in stops), None)
-            completions.append(Completion(ids, "length") if stop is None else Completion(ids[: stop + 1], "stop"))
-        return completions
+        output = model.generate(input_ids.clamp(min=0), attention_mask=(input_ids >= 0).long(),
+                                generation_config=GenerationConfig(**how))  # [B, S + T]
+        ends = [next((t + 1 for t, token in enumerate(ids) if token in stops), 0) for ids in output[:, width:].tolist()]
+        return [Completion(ids[:end] if end else ids, "stop" if end else "length")
+                for ids, end in zip(output[:, width:].tolist(), ends)]
 
     return sample
 
 
 # ---- The command line ----
 
+ROW = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
+       "{grader_timeouts:>9}  ")
+FLAGS = (  # name, type, default, help
+    ("model", str, None, "folder in transformers' format, or hub id"),
+    ("benchmarks", str, "arithmetic", "names, files or hub ids, separated by commas"),
+    ("n", int, 1, "completions per problem"),
+    ("system_prompt", str, None, "without it: asks for reasoning and a boxed answer"),
+    ("limit", int, None, "use only this many problems of each benchmark, the first ones"),
+    ("max_new_tokens", int, 1024, "longer completions are cut off"),
+    ("temperature", float, None, "0 is greedy; without it: 0 if n is 1, otherwise 0.6"),
+    ("top_p", float, 0.95, "nucleus sampling, unless greedy"),
+    ("seed", int, 0, "decides the samples"),
+    ("sampler", str, "auto", "vllm, hf (transformers), or auto: vllm on a GPU, if installed"),
+    ("gpu_memory_utilization", float, 0.9, "vLLM's share of the GPU"),
+    ("out", str, None, "folder for all completions"),
+)
+
+
 def parse_args():
     """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"benchmarks by name: arithmetic,\n{', '.join(HUB)}", allow_abbrev=False)
+                                     epilog=f"data sets by name:\narithmetic, {', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--model", help="folder in transformers' format, or hub id")
-    parser.add_argument("--benchmarks", default="arithmetic", help="names, files or hub ids, separated by commas")
-    parser.add_argument("--n", type=int, default=1, help="completions per problem (1)")
-    parser.add_argument("--system_prompt", help="default: asks for step-by-step reasoning and a boxed answer")
-    parser.add_argument("--limit", type=int, help="use only this many problems of each benchmark, the first ones")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longer completions are cut off (1024)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (0 if n is 1, otherwise 0.6)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling, unless greedy (0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
-    parser.add_argument("--sampler", default="auto", choices=("auto", "vllm", "hf"), help="auto: vllm on a GPU if it is installed")
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU's memory (0.9)")
-    parser.add_argument("--out", help="folder in which all completions are kept")
+    for name, kind, default, text in FLAGS:
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--compare", nargs=2, metavar="OUT", help="compare two finished evaluations; needs no --model")
     args = parser.parse_args()
     if args.temperature is None:
@@ -708,6 +793,8 @@ def parse_args():
     check(args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1")
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
     check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
+    check(args.sampler in ("auto", "hf", "vllm"), "--sampler must be auto, hf or vllm")
+    check(not args.out or not Path(args.out).is_file(), f"--out {args.out} is a file: give a folder")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     return args
 
@@ -716,17 +803,17 @@ def compare(first, second):
     """Print the difference in accuracy, second minus first, on each benchmark that both folders hold."""
     import numpy
 
-    names = [{path.name for path in Path(folder).glob("*.jsonl")} for folder in (first, second)]
-    common = sorted(names[0] & names[1])
+    common = [file for file in sorted(Path(first).glob("*.jsonl")) if Path(second, file.name).exists()]
     check(common, f"--compare: {first} and {second} have no finished benchmark in common")
-    for name in common:
-        both = [summarize(read_file(str(Path(folder, name)))) for folder in (first, second)]
-        problems = [[row["problem"] for row in result["records"]][:: result["n"]] for result in both]
-        check(problems[0] == problems[1], f"--compare: {name} has other problems in {second}")
-        deltas = numpy.subtract(both[1]["means"], both[0]["means"])  # [problems]
+    for file in common:
+        rows = [read_file(str(file)), read_file(str(Path(second, file.name)))]
+        same = {row["problem"] for row in rows[0]} == {row["problem"] for row in rows[1]}
+        check(same, f"--compare: {file.name} has other problems in {second}")
+        before, after = map(summarize, rows)
+        deltas = numpy.subtract(after["means"], before["means"])  # [problems]
         draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
         low, high = numpy.percentile(deltas[draws].mean(1), [2.5, 97.5])
-        say(f"{name}: {both[0]['accuracy']:.3f} -> {both[1]['accuracy']:.3f}, difference {deltas.mean():+.3f}, "
+        say(f"{file.stem}: {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {deltas.mean():+.3f}, "
             f"95% interval {low:+.3f} to {high:+.3f} ({len(deltas)} problems)")
 
 
@@ -739,19 +826,6 @@ def main():
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
-    names = ("model", "n", "temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "limit")
-    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
-    folder, finished = Path(args.out or os.devnull), {}
-    files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
-    if args.out:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--out: {error}")
-    for name, file in files.items():
-        if file.exists():
-            finished[name] = read_file(str(file))
-            check(settings.items() <= finished[name][0].items(), f"{file} has other settings: choose another --out")
     import torch
     import torch.distributed as dist
 
@@ -762,25 +836,30 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
+    names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
     say(", ".join(f"{name} {value}" for name, value in settings.items()))
-    sampler = None
-    if len(finished) < len(files):
-        sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
+    sampler = None
     with Grader() as grader:
-        for name, file in files.items():
-            if name in finished:
-                result = summarize(finished[name])
+        for name, problems in benchmarks.items():
+            file = Path(args.out or os.devnull, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
+            if file.exists():
+                rows = read_file(str(file))
+                check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
+                result = summarize(rows)
             else:
+                if sampler is None:
+                    sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
+                result = evaluate(sampler, tokenizer, problems, grader, *how)
                 if args.out and RANK == 0:
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     aside = file.with_suffix(".part")
                     aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
                     aside.rename(file)  # so a file of that name is whole
-            row = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
-                   "{no_box:>6.3f}  {grader_timeouts:>9}  ").format(**result)
-            say(f"{name:<24}  {row}" + "  ".join(f"{k}: {value:.3f}" for k, value in result["pass_at_k"].items()))
+            passes = "  ".join(f"{k}: {chance:.3f}" for k, chance in result["pass_at_k"].items())
+            say(f"{name:<24}  " + ROW.format(**result) + passes)
     if WORLD > 1 and not vllm:  # vLLM does it itself
         dist.destroy_process_group()
 

@@ -186,13 +186,14 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     weights = token_weights(mask, args.loss, args.max_new_tokens, args.prompts_per_step)  # λ: [P, G, T]
 
     # From here on a row is a completion, in the order of the sampler
-    row_mask, row_weights, row_advantages = mask.flatten(0, 1), weights.flatten(0, 1), advantages.flatten()
+    row_weights, row_advantages = weights.flatten(0, 1), advantages.flatten()  # [P·G, T], [P·G]
+    teaches = (row_advantages != 0) | (args.beta > 0)  # [P·G]; the others have no gradient, and are left out
+    row_mask = mask.flatten(0, 1) & teaches[:, None]  # [P·G, T]
     starts = torch.tensor([len(ids) for ids in prompts], device=device).repeat_interleave(group_size)  # [P·G]
     sequences = [torch.tensor(prompts[row // group_size] + c.ids) for row, c in enumerate(completions)]  # [P·G][S]
     sampler_logp = pad_sequence([torch.tensor(c.logps) for c in completions], batch_first=True).to(device)  # [P·G, T]
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
-    teaches = [args.beta > 0 or advantage != 0 for advantage in row_advantages.tolist()]  # the others have no gradient
-    plan = micro_batches([len(ids) for ids in sequences], teaches, args.micro_batch_tokens, device)
+    plan = micro_batches([len(ids) for ids in sequences], teaches.tolist(), args.micro_batch_tokens, device)
     updates = []  # the statistics of each update
     while len(updates) < args.updates_per_batch:
         sums = {}  # each statistic, summed over the tokens of this rank
@@ -228,7 +229,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        means = {name: total / sums["tokens"] for name, total in sums.items() if name != "tokens"}
+        means = {name: total / max(1, sums["tokens"]) for name, total in sums.items() if name != "tokens"}
         updates.append({**means, "loss": sums["loss"], "grad_norm": norm})
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
@@ -345,8 +346,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
-        """n Completions per prompt, B in all: greedy at temperature 0, otherwise by inverse transform sampling.
-        Completion k of prompt i depends on seed + i and k only, up to rounding."""
+        """n Completions per prompt, B in all, greedy at temperature 0. Seed + i and k decide number k of prompt i."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -462,8 +462,8 @@ def load_policy(args, device, trainable=True):
     """The sharded policy: fp32 weights (a rank maps the files, and only its own shards become fp32), bf16 on GPUs."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
     hybrid = model._is_stateful or "conv" in (getattr(model.config, "layer_types", None) or ())
-    check(not hybrid, "this model has layers without attention, like Mamba: it cannot be sampled from here")
-    check(not hasattr(model.config, "quantization_config"), "this model is quantized: it cannot be trained and saved")
+    bad = hybrid or hasattr(model.config, "quantization_config")
+    check(not bad, "this model cannot be trained here: it is quantized, or has layers without attention (Mamba)")
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     with torch.no_grad():
         hidden, logits = model.base_model(torch.tensor([[1, 2]]))[0], model(torch.tensor([[1, 2]])).logits
@@ -572,8 +572,8 @@ def parse_args():
     check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
-    check(not args.output_dir or not Path(args.output_dir, "checkpoints").exists(),
-          f"--output_dir {args.output_dir} holds a run: choose another, remove it, or --resume it")
+    taken = not args.resume and args.output_dir and Path(args.output_dir, "checkpoints").exists()
+    check(not taken, f"--output_dir {args.output_dir} holds a run: choose another, remove it, or --resume it")
     check(not args.resume or int(checkpoints(args.resume)[-1].name[5:]) <= args.steps, "--resume: it is past --steps")
     return args
 

@@ -66,10 +66,14 @@ def rollouts(script, shared_prefixes=True):
     return prompts, completions, torch.tensor(rewards).view(PROMPTS, GROUP)
 
 
-def train(script, steps=1, shared_prefixes=True, **changes):
-    """`steps` training steps on the rollouts, each rank with its share: (metrics of the last, full parameters)."""
+def train(script, steps=1, shared_prefixes=True, equal=0, **changes):
+    """`steps` training steps on the rollouts, each rank with its share: (metrics of the last, full parameters).
+
+    equal: the first so many prompts have equal rewards.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     prompts, completions, rewards = rollouts(script, shared_prefixes)
+    rewards[:equal] = 1.0
     share = PROMPTS // world
     mine = slice(rank * share, (rank + 1) * share)
     args = script.Args(**{**script.TOY, "prompts_per_step": PROMPTS, "model": str(TINY), **changes})
@@ -79,7 +83,7 @@ def train(script, steps=1, shared_prefixes=True, **changes):
         policy.register_buffer("lam", torch.tensor(args.lam_init))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     for _ in range(steps):
-        metrics = script.train_step(
+        metrics, _ = script.train_step(
             policy, reference, optimizer, args, prompts[mine],
             completions[rank * share * GROUP : (rank + 1) * share * GROUP], rewards[mine],
         )
@@ -89,7 +93,8 @@ def train(script, steps=1, shared_prefixes=True, **changes):
 def run_case(case):
     """What train returns for script/variant:micro_batch_tokens."""
     name, variant, budget = case.replace("/", ":").split(":")
-    flags = VARIANTS[name][variant] if variant != "own" else {}  # of test_variant.py: a script's own defaults
+    rare = {"own": {}, "equal_half": {"equal": PROMPTS // 2}, "equal": {"equal": PROMPTS}}  # own: a script's defaults
+    flags = {**VARIANTS[name], **rare}[variant] if name in VARIANTS else rare[variant]
     return train(importlib.import_module(name), micro_batch_tokens=int(budget), **flags)
 
 
@@ -100,7 +105,7 @@ def main():
     import grpo
 
     policy = grpo.load_policy(grpo.Args(model=str(TINY)), torch.device("cpu"))
-    grpo.save_final(policy, transformers.AutoTokenizer.from_pretrained(TINY), Path(f"{output}-final"))
+    grpo.save_final(policy, transformers.AutoTokenizer.from_pretrained(TINY), [0], Path(f"{output}-final"))
     if dist.get_rank() == 0:
         torch.save(results, output)
     dist.destroy_process_group()

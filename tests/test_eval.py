@@ -1,4 +1,4 @@
-"""Tests of eval.py: loading, prompts, the grader against hostile answers and real data, evaluation, the command line.
+"""Tests of eval.py: loading, prompts, evaluation, the command line. Those of the grader are in test_grader.py.
 
 Slow ones start processes: about two minutes in all on one core. Real data is expected beside the repository, in
 ../shared/bench; without it those tests are skipped, or fail when GRPO_REQUIRE_DATA=1 is set.
@@ -16,10 +16,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,8 +29,6 @@ import eval as ev  # noqa: E402
 from conftest import on_a_terminal  # noqa: E402
 
 BENCH = ROOT.parent / "shared" / "bench"
-SLOW = [pytest.param(name, marks=pytest.mark.long) for name in ("minerva", "olympiadbench")]  # sympy's work, mostly
-BENCH_FILES = ("aime24", "amc23", "gsm8k", "gsm8k_train", "math500", *SLOW)
 TINY = ROOT / "tests" / "tiny"
 CLEAN_ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ONE_THREAD = CLEAN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
@@ -57,348 +53,7 @@ def grader():
         yield grader
 
 
-# ---- Grading: what is right, what is wrong ----
-
-RIGHT = [
-    # gold, answer
-    ("18", "18"), ("18", "18."), ("18", " 18 "), ("18", "018"), ("18", "18.0"), ("18", "18.00"), ("18", "+18"),
-    ("-3", "−3"), ("18", "$18$"), ("18", "\\$18"), ("18", "$18"), ("18", "\\(18\\)"), ("18", "18 eggs"),
-    ("18", "18\\text{ eggs}"), ("18", "18 \\text{ eggs per day}"), ("18", "\\text{The answer is } 18"),
-    ("18", "x = 18"), ("18", "x=18."), ("x=18", "18"), ("18", "\\text{so } x = 18"), ("18", "18^\\circ"), ("18", "18°"),
-    ("149", "37+5+81+26=149"), ("18", "\\frac{36}{2}"), ("18", "36/2"), ("18", "\\text{18}"), ("18", "{18}"),
-    ("1,234", "1234"), ("1234", "1,234"), ("1234", "1{,}234"), ("1234", "1\\,234"), ("1234", "1,\\!234"),
-    ("1450000", "1,450,000"), ("1450000", "1 450 000"), ("1450000", "\\$1,450,000 \\text{ dollars}"), ("8\\,178", "8178"),
-    ("32348", "\\$32,\\!348"), ("1000000", "10^6"), ("1000000", "1e6"), ("1000000", "1 \\times 10^{6}"),
-    ("4.5e33", "4.5 \\times 10^{33}"), ("4.5 \\times 10^{33}", "4.5e33"), ("4.5 \\times 10^{33}", "4.5E+33"),
-    ("4.5 \\times 10^{33}", "45 \\times 10^{32}"), ("4.5 \\times 10^{33}", "4.5×10^{33}"), ("1e-5", "0.00001"),
-    ("1.325 \\times 10^{-27}", "1.325e-27"), ("0.5", "\\frac{1}{2}"), ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "1/2"),
-    ("\\frac{1}{2}", "\\dfrac{1}{2}"), ("\\frac{1}{2}", "\\tfrac12"), ("\\frac{1}{2}", "\\frac{2}{4}"),
-    ("\\frac{1}{3}", "0.333333"), ("\\frac{14}{3}", "4\\frac{2}{3}"), ("50\\%", "50\\%"), ("50\\%", "50%"),
-    ("62.5%", "62.5\\%"), ("62.5%", "62.5"), ("62.5%", "0.625"), ("50\\%", "\\frac{1}{2}"), ("2\\sqrt{3}", "\\sqrt{12}"),
-    ("\\{1,2,3\\}", "\\{3,1,2\\}"), ("1,2,3", "3, 2, 1"), ("1,2,3", "\\{1, 2, 3\\}"), ("1,2,3", "1, 2 \\text{ and } 3"),
-    ("(3,4]", "(3, 4]"), ("[0,1)", "\\left[0, 1\\right)"), ("(0.5,1)", "(\\frac12, 1)"), ("(2,\\infty)", "(2,∞)"),
-    ("(-\\infty, 0) \\cup\\{1\\}", "\\{1\\}\\cup(-\\infty,0)"), ("x \\in [1,2]", "[1,2]"), ("1 \\pm \\sqrt{19}",
-    "1+\\sqrt{19}, 1-\\sqrt{19}"), ("\\text{east}", "East"), ("East", "\\text{east}"), ("\\text{(C)}", "C"),
-    ("p - q", "-q+p"), ("f(x)=2 x", "2x"), ("n+1", "k=n+1"), ("x^3+3x-6", "x^3 + 3x - 6"), ("52_8", "52_{8}"),
-    ("\\begin{pmatrix} -2 \\\\ -14 \\end{pmatrix}", "\\begin{pmatrix} -2 \\\\ -14 \\end{pmatrix}"), ("\\pi", "π"),
-    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"), ("90^\\circ", "90"), ("11\\sqrt2", "11\\sqrt{2}"),
-]  # fmt: skip
-WRONG = [
-    ("18", "19"), ("18", "-18"), ("18", "1.8"), ("18", "180"), ("18", "81"), ("18", ""), ("18", " "), ("18", "x"),
-    ("18", "18x"), ("18", "18\\pi"), ("18", "18i"), ("18", "18, 19"), ("18", "18 \\text{ or } 19"), ("18", "(1,8)"),
-    ("18", "1,8"), ("149", "37+5+81+26"), ("149", "37 + 112"), ("12", "3 \\times 4"), ("12", "3*4"), ("12", "3 \\cdot 4"),
-    ("12", "x = 10+2"), ("18", "18 \\text{ and } 3"), ("18", "18 million"), ("-18", "minus 18"), ("1234", "1,235"),
-    ("4.5 \\times 10^{33}", "4.5 \\times 10^{32}"), ("4.5 \\times 10^{33}", "4.5"), ("1 \\times 10^{-27}", "0.0"),
-    ("1 \\times 10^{-27}", "2 \\times 10^{-27}"), ("0.000001", "0.000002"), ("\\frac{1}{2}", "\\frac{1}{3}"),
-    ("\\frac{1}{3}", "0.3333"), ("(3,4]", "[3,4]"), ("\\{1,2,3\\}", "\\{1,2\\}"), ("52_8", "52_9"), ("52_8", "53_8"),
-    ("\\text{east}", "west"), ("\\text{east}", "seat"), ("\\pi", "3.14"), ("\\sqrt{2}", "1.41"), ("x=5", "6"),
-    ("50\\%", "51\\%"), ("5", "\\infty"), ("5", "\\emptyset"), ("5", "5 > x"), ("5", "\\text{five or six}"),
-]  # fmt: skip
-
-
-def test_forms_that_must_be_accepted(grader):
-    verdicts = grader.grade_all([(boxed(answer), gold) for gold, answer in RIGHT])
-    assert [pair for pair, verdict in zip(RIGHT, verdicts) if not verdict] == []
-
-
-def test_wrong_answers(grader):
-    verdicts = grader.grade_all([(boxed(answer), gold) for gold, answer in WRONG])
-    assert [pair for pair, verdict in zip(WRONG, verdicts) if verdict] == []
-
-
-def cases():
-    """The table of grader_cases.txt: [(kind, whether right, completion, gold)]."""
-    rows, kind, right = [], None, None
-    for line in (ROOT / "tests" / "grader_cases.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            kind, _, verdict = line[3:].rpartition(" | ")
-            right = {"right": True, "wrong": False}[verdict]
-        elif line and not line.startswith("#"):
-            answer, _, gold = line.rpartition(" ← ")
-            rows.append((kind, right, answer[1:] if answer.startswith("!") else boxed(answer), gold))
-    return rows
-
-
-def test_table_of_cases():
-    """As a reward is given: all in one call. Each kind has at least three members, and none is stopped or killed."""
-    rows = cases()
-    with ev.Grader(workers=2, deadline=60) as grader:  # a busy machine must not decide
-        verdicts = grader.grade_all([(completion, gold) for _, _, completion, gold in rows])
-    assert [row for row, verdict in zip(rows, verdicts) if verdict != row[1]] == []
-    sizes = {row[:2]: sum(other[:2] == row[:2] for other in rows) for row in rows}
-    assert len(sizes) > 50 and [kind for kind, size in sizes.items() if size < 3] == []
-    assert grader.timeouts == grader.crashes == 0
-
-
-def test_text_is_judged_in_linear_time():
-    """In the parent nothing stops a regular expression. It takes seconds; of exponential time, it would go on for ever."""
-    def stop(*_):
-        raise TimeoutError
-
-    parts = ["\\a", "\\pi ", "\\frac", "{", "}", "(", "5", "1 ", "aa ", "so ", "not ", "^", "^{", "= ", "- ", " ", "\\", "\\text{", ".",
-             "°", "/", "'", "1/", "\\{x ", "\\sin ", "0.\\overline{3}", "B) ", "_", "llion", "~", "\\,", "|", "5 a"]  # fmt: skip
-    handler, _ = signal.signal(signal.SIGALRM, stop), signal.alarm(120)
-    for part in parts:
-        for before, after in (("", ""), ("5 ", ""), ("\\{x", "\\}"), ("5", "!"), ("x=", "")):
-            text = before + part * (3000 // len(part)) + after
-            ev.stated(text)
-            for gold in ("5", "\\frac{1}{2}", "east", "(1,2)", "x=5 \\text{ cm}"):
-                ev.judge_text(gold, ev.clean(text))
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, handler)
-
-
-def test_plain_numbers_are_equal_to_six_decimals():
-    """Half a millionth is the bound, below 1 of the number itself: on both sides of it."""
-    for gold, near, far in (("3", "3.0000004", "3.0000006"), ("1234567", "1234567.0000004", "1234567.000001"),
-                            ("0.25", "0.2500001", "0.25000013"), ("-2.5", "-2.5000004", "-2.5000006")):
-        assert ev.same_number(gold, near) is True and ev.same_number(gold, far) is False, gold
-
-
-def test_infinity_is_no_number(grader):
-    r"""With one order of sets in eight sympy took \infty^{\infty} for 5."""
-    assert grader.grade_all([(boxed(answer), "5") for answer in ("\\infty^{\\infty}", "\\infty", "∞^∞")]) == [False] * 3
-    assert grader.grade(boxed("\\infty"), "\\infty")
-
-
-def test_last_boxed():
-    assert ev.last_boxed("a \\boxed{1} b \\boxed{2}.") == "2"
-    assert ev.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
-    assert ev.last_boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
-    assert ev.last_boxed("\\boxed {7}") == "7"
-    assert ev.last_boxed("so } } \\boxed{7} and { {") == "7"
-    assert ev.last_boxed("\\boxed{7}, so \\boxed{8") == "7"  # cut off in the second
-    assert ev.last_boxed("x = \\boxed{a \\boxed{5}}") == "5"
-    assert ev.last_boxed("the answer is 7") is None
-    assert ev.last_boxed("\\boxed{") is None
-    assert ev.last_boxed("") is None
-
-
-def test_last_boxed_is_linear():
-    start = time.process_time()
-    for text in ("\\boxed{" * 150_000, "{" * 10**6, "}" * 10**6, "\\boxed{" + "{" * 10**5 + "1" + "}" * 10**5 + "}",
-                 "\\" * 10**6, "\\boxed " * 150_000, "\\boxed{1}" * 100_000, "a" * 10**7):  # fmt: skip
-        ev.last_boxed(text)
-    assert time.process_time() - start < 10
-
-
-def test_several_boxes_no_box(grader):
-    assert grader.grade("First \\boxed{3}, no: \\boxed{4}", "4")
-    assert not grader.grade("First \\boxed{4}, no: \\boxed{3}", "4")
-    assert grader.grade("2 + 2 is asked.\nThe final answer is $4$.", "4")  # no box, but the last line states it
-    assert grader.grade("**Answer:** \\frac{1}{2}", "0.5") and grader.grade("2+2=4\n#### 4", "4")
-    assert not grader.grade("The answer is 4.\nLet us check: 2 + 2 is 4, good.", "4")  # not in the last line
-    assert not grader.grade("2 + 2 is 4.", "4")
-    assert not grader.grade("The answer is \\boxed{4", "4")
-    assert not grader.grade("The answer is 4, no: \\boxed{5}", "4")
-    assert not grader.grade("\\boxed{}", "4")
-    assert not grader.grade("\\boxed{4}", "")
-    assert not grader.grade("\\boxed{}", "")
-
-
-def test_clean_is_stable():
-    for gold, answer in RIGHT + WRONG + [(gold, ev.last_boxed(text) or text) for _, _, text, gold in cases()]:
-        for text in (gold, answer):
-            assert ev.clean(ev.clean(text)) == ev.clean(text)
-
-
-HOSTILE = [
-    "9^{9^{9^{9}}}", "9^9^9^9", "2^{2^{2^{2^{2^{2}}}}}", "10^{10^{10}}", "(-1)^{10^{10^{10}}}", "99999999^{99999999}",
-    "10000000!", "((10!)!)!", "3!!!!!!!!!!", "\\binom{10^9}{5 \\cdot 10^8}", "\\prod_{n=1}^{10^9} n", "1" * 390,
-    "\\sum_{n=1}^{10^{12}} \\sin(n)", "\\int_0^1 x^{x^{x^x}} dx", "\\int e^{x^2} \\sin(x^3) \\ln(x) dx", "\\infty^{\\infty}",
-    "\\lim_{x \\to 0} \\frac{\\sin(x^{x^x})}{x}", "\\sqrt[10^{10}]{10^{10^{10}}}", "x^{1000} + (x+1)^{1000} - (x-1)^{1000}",
-    "(x+y+z)^{300}", "(1+x)^{99999}", "\\sin(\\sin(\\sin(\\sin(\\sin(10^{10^{8}})))))", "\\frac{1}{0}", "0/0", "\\frac{0}{0}",
-    "{" * 190 + "4" + "}" * 190, "(" * 199 + "4" + ")" * 199, "[" * 400, "\\frac{" * 60, "\\sqrt{" * 66, "-" * 399 + "4",
-    "\\frac{1}{1+" * 30 + "x" + "}" * 30, "\\{" + ",".join(map(str, range(110))) + "\\}", "{" * 100_000 + "5" + "}" * 100_000,
-    "\\{" + ",".join(map(str, range(2000))) + "\\}", "9" * 10**6, "a" * 10**6, "\\boxed{" * 1000, "5" + " " * 10**6 + "6",
-    "4\x00", "\x00", "\ud800", "4\udfff", "\u202e4", "😀" * 100, "\\x00\\u0000", "%s%s%n", "'; DROP TABLE golds; --",
-    "__import__('os').system('touch /tmp/hostile')", "eval('5')", "lambda x: 5", "exec(\"raise SystemExit\")", "import os",
-    "exit()", "quit()", "os._exit(0)", "while True: pass", "Symbol('x')", "N(pi, 10**9)", "factorial(10**8)", "True", "None",
-    "nan", "\\text{nan}", "1e999999999", "1e9999", "10^{-999999999}", "\\begin{pmatrix} " + "1 & " * 90 + "1 \\end{pmatrix}",
-    "\\det " + "x_{1}" * 70, "5 \\neq 5", "1 = 1", "x = x", "x", "\\gold", "\\boxed", "?", "\\", "5 \\mod 10^{10^{10}}",
-    "\\sum_{k=1}^{\\infty} \\frac{1}{k^{k^{k}}}", "\\int_0^{\\infty} \\frac{\\sin(x^{9})}{x^{x}} dx", "\\frac{d^{99}}{dx^{99}} \\tan(\\tan(x))",
-    "\\prod_{p=1}^{10^{6}} (x - p)", "(x-1)" * 80, "(x^2-1)(x^3-1)(x^5-1)" * 20, "\\cos(1)^{\\cos(1)^{\\cos(10^{99})}}", "7^{7^{7}} \\bmod 10",
-    "|".join("x" * 50), "\\left(" * 90 + "4" + "\\right)" * 90, "\\sqrt{5 + " * 35 + "x" + "}" * 35, "\\log(" * 60 + "5" + ")" * 60,
-    "x^{" * 60 + "5" + "}" * 60, "\\{5, " * 50, "5," * 190, "[0, 5) \\cup " * 30 + "(5, 6)", "\\tan(10^{10^{5}})", "\\arcsin(10^{10^{10}})",
-    "1.5e3e3e3", "0." + "3" * 390, "\\frac{10^{400}}{10^{399}} - 6 + 10^{-400}", "\\text{" * 80 + "4" + "}" * 80, "\\infty - \\infty",
-    "F_{10^{9}}", "\\Gamma(10^{10})", "\\zeta(-10^{9})", "\\log_{2}(\\log_{2}(10^{10^{10}}))", "\\pi^{\\pi^{\\pi^{\\pi}}}",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("answers", [HOSTILE[::8], pytest.param(HOSTILE, marks=pytest.mark.long)], ids=["few", "all"])
-def test_hostile_answers(answers):
-    """None hangs the batch, none is right; good ones among and after them are; dead workers are counted and replaced."""
-    gold, deadline = "5", 2.0  # on a busy machine a good answer may take one
-    good = [(boxed(f"{n} + x"), f"x + {n}") for n in range(50)]  # each needs a worker
-    hostile = [(boxed(answer), gold) for answer in answers]
-    mixed = [pair for pairs in itertools.zip_longest(hostile, good) for pair in pairs if pair]
-    assert len(hostile) >= 12
-    with ev.Grader(workers=2, deadline=deadline) as grader:
-        start = time.perf_counter()
-        verdicts = grader.grade_all(mixed)
-        seconds = time.perf_counter() - start
-        killed = grader.timeouts + grader.crashes
-        print(f"{len(hostile)} hostile in {seconds:.1f} s, {grader.timeouts} timeouts, {grader.crashes} crashes")
-        wrong = [pair for pair, verdict in zip(mixed, verdicts) if verdict != (pair in good)]
-        assert [(completion[:80], gold) for completion, gold in wrong] == []
-        assert killed >= 3
-        assert seconds < 5 * killed * deadline + 60  # two workers: ten times what it takes on an idle machine: a hang is for ever
-        assert all(grader.grade_all(good))
-        assert grader.timeouts + grader.crashes == killed
-        assert len(grader.running) == 2
-
-
-@pytest.mark.long
-def test_memory_limit():
-    """A worker that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
-    with ev.Grader(workers=1, deadline=30, memory_gb=0.5) as grader:
-        assert not grader.grade(boxed("2^{2^{33}}"), "7")  # one gigabyte, and more while it is computed
-        peak = max(int(re.search(r"VmPeak:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1])
-                   for worker in grader.running.values()) if sys.platform == "linux" and grader.running else 0  # fmt: skip
-        assert peak <= 2**19  # KiB
-        assert grader.grade(boxed("1+x"), "x+1")
-        assert grader.timeouts == 0
-
-
-def test_duplicates_are_graded_once():
-    with ev.Grader(workers=2, deadline=0.7) as grader:
-        verdicts = grader.grade_all([(boxed("9^{9^{9^{9}}}"), "5")] * 20 + [(boxed("x+1"), "1+x")] * 20)
-        assert verdicts == [False] * 20 + [True] * 20
-        assert grader.timeouts == 1
-
-
-def test_dead_worker_is_replaced():
-    with ev.Grader(workers=1) as grader:
-        assert grader.grade(boxed("x+1"), "1+x")
-        os.kill(next(iter(grader.running.values())).pid, signal.SIGKILL)
-        time.sleep(0.2)
-        assert grader.grade(boxed("x+2"), "2+x")
-
-
-def test_question_of_a_killed_worker_is_asked_again():
-    """Killed from outside (by the kernel that is short of memory, say) while it has a question; its fork as well."""
-    with ev.Grader(workers=1) as grader:
-        assert grader.grade(boxed("x+1"), "1+x")
-        (worker,) = grader.running.values()
-        os.killpg(worker.pid, signal.SIGSTOP)  # so that it has the question for as long as we want
-        threading.Timer(0.5, os.killpg, (worker.pid, signal.SIGKILL)).start()
-        assert grader.grade(boxed("x+2"), "2+x")
-        assert grader.crashes == grader.timeouts == 0
-
-
-def test_from_threads(grader):
-    verdicts = {}
-
-    def ask(i):
-        verdicts[i] = grader.grade_all([(boxed(f"{i}+x"), f"x+{i}"), (boxed(f"{i}+x"), f"x+{i + 1}")])
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert verdicts == {i: [True, False] for i in range(8)}
-
-
-def test_worker_that_cannot_start(tmp_path):
-    with ev.Grader(workers=1) as grader:
-        grader.command = [sys.executable, "-c", "raise ImportError('no sympy here')"]
-        with pytest.raises(RuntimeError, match="did not start"):
-            grader.grade(boxed("x+1"), "1+x")
-
-
-PARENT = """
-import sys, threading
-sys.path.insert(0, {root!r})
-import eval as ev
-grader = ev.Grader(workers=2, deadline=2.0)
-assert grader.grade("\\\\boxed{{x+1}}", "1+x")
-thread = threading.Thread(target=grader.grade, args=("\\\\boxed{{9^{{9^{{9^{{9}}}}}}}}", "5"), daemon=True)
-thread.start()
-import time
-time.sleep(0.5)
-grader.grade("\\\\boxed{{x+2}}", "2+x")
-print(*[worker.pid for worker in grader.running.values()], flush=True)
-time.sleep(600)
-"""
-
-
-def is_alive(pid):
-    """Whether the process runs: a zombie, which nobody has collected in this container, does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(status) and not status.startswith("Z")
-
-
-@pytest.mark.long
-def test_no_orphans_when_parent_is_killed():
-    """One worker idle, one hanging in sympy: both end by themselves."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2 and all(map(is_alive, pids))
-    parent.kill()
-    parent.wait()
-    deadline = time.time() + 2 + 5 + 5
-    while any(map(is_alive, pids)) and time.time() < deadline:
-        time.sleep(0.2)
-    alive = [pid for pid in pids if is_alive(pid)]
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert alive == []
-
-
-# ---- Real data ----
-
-
-@pytest.mark.parametrize("name", [*BENCH_FILES[:5], "minerva", "olympiadbench"])
-def test_gold_against_itself(name, grader):
-    path = bench(name)
-    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    problems = ev.load_problems(str(path))
-    assert len(problems) == len(rows)
-    verdicts = grader.grade_all([(boxed(row["answer"]), problem["answer"]) for row, problem in zip(rows, problems)])
-    assert [row["answer"] for row, verdict in zip(rows, verdicts) if not verdict] == []
-
-
-@pytest.mark.parametrize("name", ("math500", *SLOW))
-def test_gold_against_itself_by_math_verify(name, grader):
-    """Equal letters are right without a worker; here the workers have to find every third gold equal to itself."""
-    golds = [problem["answer"] for problem in ev.load_problems(str(bench(name)))][::3]
-    replies = list(grader.threads.map(grader.ask, [(gold, gold) for gold in golds]))
-    assert [gold for gold, reply in zip(golds, replies) if reply != "right"] == []
-
-
-@pytest.mark.parametrize("name", BENCH_FILES)
-def test_changed_digit_is_wrong(name, grader):
-    golds = [problem["answer"] for problem in ev.load_problems(str(bench(name)))]
-    generator = random.Random(0)
-    pairs = []
-    for gold in golds:
-        places = [match.start() for match in re.finditer(r"\d", gold)]
-        if places:
-            place = generator.choice(places)
-            digit = generator.choice([digit for digit in "123456789" if digit != gold[place]])
-            pairs.append((boxed(gold[:place] + digit + gold[place + 1:]), gold))
-    if name in ("minerva", "olympiadbench"):  # these take long; the others are mostly plain numbers
-        pairs = pairs[::3]
-    timeouts = grader.timeouts
-    accepted = [pair for pair, verdict in zip(pairs, grader.grade_all(pairs)) if verdict]
-    print(name, len(pairs), "changed,", len(accepted), "accepted", accepted, grader.timeouts - timeouts, "timeouts")
-    assert len(accepted) <= max(1, len(pairs) / 1000)
-
-
-@pytest.mark.parametrize("name", BENCH_FILES)
-def test_next_rows_gold_is_wrong(name, grader):
-    """Unless it is the same one: 5 and x=5."""
-    golds = [problem["answer"] for problem in ev.load_problems(str(bench(name)))]
-    pairs = list(zip(golds, golds[1:]))[::3]  # the others take long
-    verdicts = grader.grade_all([(boxed(following), gold) for gold, following in pairs])
-    same = [gold.rpartition("=")[2].split() == following.rpartition("=")[2].split() for gold, following in pairs]
-    assert [pair for pair, verdict, equal in zip(pairs, verdicts, same) if verdict and not equal] == []
-    assert all(verdict for (gold, following), verdict in zip(pairs, verdicts) if gold == following)
+# ---- Loading ----
 
 
 @pytest.mark.long
@@ -407,9 +62,6 @@ def test_gsm8k_train_loads_fast():
     start = time.perf_counter()
     assert len(ev.load_problems(str(path))) == 7473
     assert time.perf_counter() - start < 3
-
-
-# ---- Loading ----
 
 
 def write(path, rows):
@@ -687,17 +339,8 @@ def test_prompts_of_a_run(tmp_path, capsys):
     (row, lossy), skipped = ev.load_prompts(path, "train", tokenizer, args)
     assert tokenizer.decode(row["prompt_ids"]).startswith("<bos>Be brief.\n\nQuestion:\n1+1?") and skipped == 1
     said = capsys.readouterr().out
-    assert "2 prompts, skipped: 0 without a token, 1 longer than 90 tokens" in said
+    assert "2 prompts, 1 skipped (empty, or longer than 90 tokens)" in said
     assert "cannot write all characters of 1 problems, such as '\u20ac1+\u20ac1?'" in said
-
-
-@pytest.mark.parametrize("vocabulary", [17, 90])
-def test_tokenizer_with_more_tokens_than_the_model(vocabulary, tmp_path, capsys):
-    args = argparse.Namespace(model=tiny_with(tmp_path, vocab_size=vocabulary), system_prompt=None, limit=3)
-    args.max_prompt_tokens = args.max_new_tokens = 99
-    with pytest.raises(SystemExit):
-        ev.load_prompts("arithmetic", "test", make_tokenizer(), args)
-    assert f"the tokenizer has ids beyond the model's vocabulary of {vocabulary}" in capsys.readouterr().err
 
 
 def test_encode_prompt_of_the_tiny_model():
@@ -877,7 +520,7 @@ def test_compare(tmp_path, monkeypatch, capsys):
 
 def test_help():
     done = run("--help")
-    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 100
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 120
     for word in ("pass@k", "olympiadbench", "torchrun", "--compare", "bootstrap", "time-outs", "top_p", "OUT/<benchmark>"):
         assert word in done.stdout, word
 
@@ -893,7 +536,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         (("--model", TINY, "--benchmarks", "nothing.jsonl"), "No such file"),
         (("--model", TINY, "--benchmarks", tmp_path / "text.jsonl"), "has the columns text, label"),
         (("--model", TINY, "--benchmarks", tmp_path / "empty.jsonl"), "is empty"),
-        (("--model", TINY, "--benchmarks", tmp_path / "long.jsonl"), "1 longer than 255 tokens"),
+        (("--model", TINY, "--benchmarks", tmp_path / "long.jsonl"), "longer than 255 tokens"),
         (("--model", TINY, "--n", 0), "--n must be at least 1"),
         (("--model", TINY, "--limit", 0), "--limit must be at least 1"),
         (("--model", TINY, "--max_new_tokens", 0), "--max_new_tokens must be at least 1"),

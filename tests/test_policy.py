@@ -136,7 +136,7 @@ def test_loaded_sharded_and_saved_again(name, dtype, tmp_path, alone):
     with torch.no_grad():
         expected, _ = from_logits(plain, input_ids, starts, mask, 0.7)
         torch.testing.assert_close(policy(input_ids, starts, mask)[0], expected, rtol=1e-5, atol=1e-5)
-    grpo.save_final(policy, transformers.AutoTokenizer.from_pretrained(TINY), tmp_path / "final")
+    grpo.save_final(policy, transformers.AutoTokenizer.from_pretrained(TINY), [0], tmp_path / "final")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype="auto")
     assert again.dtype == dtype
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").state_dict()

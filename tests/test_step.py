@@ -40,6 +40,12 @@ def results(tmp_path_factory, request):
     return found
 
 
+def distance(tensors, expected):
+    """The norm of the difference, relative to the expected parameters'."""
+    difference = torch.cat([(tensors[name] - expected[name]).flatten() for name in expected]).norm()
+    return difference / torch.cat([tensor.flatten() for tensor in expected.values()]).norm()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_step_however_computed(results, case):
     check_same_step(results, case)
@@ -48,7 +54,6 @@ def test_same_step_however_computed(results, case):
 def check_same_step(results, case):
     """One rank with all at once, against all else in the results: metrics and parameters."""
     metrics, parameters = results[1, f"{case}:{WHOLE}"]
-    norm = torch.cat([tensor.flatten() for tensor in parameters.values()]).norm()
     once = ONCE(case)
     others = [key for key in results if key[1].rpartition(":")[0] == case and key != (1, f"{case}:{WHOLE}")]
     assert len(others) >= (2 if once else 1)
@@ -63,8 +68,7 @@ def check_same_step(results, case):
             if name == "logp_diff":
                 tolerance = {"abs": 1e-6}  # it is rounding itself
             assert other[name] == pytest.approx(metrics[name], **tolerance), (key, name)
-        difference = torch.cat([(tensors[name] - parameters[name]).flatten() for name in parameters]).norm()
-        assert difference < 1e-5 * norm, (key, difference / norm)
+        assert distance(tensors, parameters) < 1e-5, key
 
 
 def test_the_step_does_something(results):
@@ -86,20 +90,72 @@ def model():
 def test_micro_batches(script, alone):
     """Every row once, at most the budget, at most a sixteenth of it padding; only a row that is longer stands alone."""
     lengths = torch.randint(1, 200, (300,), generator=torch.Generator().manual_seed(0)).tolist() + [700, 5]
-    batches = script.micro_batches(lengths, 640, "cpu")
+    batches = script.micro_batches(lengths, [True] * len(lengths), 640, "cpu")
     assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
     for rows in batches:
         tokens = [lengths[row] for row in rows]
         assert len(rows) == 1 or len(rows) * max(tokens) <= 640 and len(rows) * max(tokens) - sum(tokens) <= 40
-    assert script.micro_batches([9] * 10, 90, "cpu") == [list(range(10))]  # what fits is not cut
+    assert script.micro_batches([9] * 10, [True] * 10, 90, "cpu") == [list(range(10))]  # what fits is not cut
+    assert script.micro_batches([3, 2, 1, 4], [True, False, False, True], 90, "cpu") == [[0, 3]]
+    assert script.micro_batches([3, 2, 1, 4], [False] * 4, 90, "cpu") == [[2]]  # a rank without work has one row
 
 
 def test_micro_batches_of_a_rank_that_is_short_of_them(script, alone, monkeypatch):
     """Another rank has seven: this one's are halved until there are seven, and still every row is there once."""
-    monkeypatch.setattr(script.dist, "all_reduce", lambda count, how: count.fill_(7))
-    batches = script.micro_batches([9] * 12 + [40] * 2, 120, "cpu")
+    answers = iter((14, 7, 9, 7))  # the most rows of a rank, the most micro-batches of a rank; and once more
+    monkeypatch.setattr(script.dist, "all_reduce", lambda count, how: count.fill_(next(answers)))
+    batches = script.micro_batches([9] * 12 + [40] * 2, [True] * 14, 120, "cpu")
     assert len(batches) == 7 and all(batches)
     assert sorted(row for rows in batches for row in rows) == list(range(14))
+    batches = script.micro_batches([40] * 3 + [9, 8, 7, 6, 5, 4, 3, 2], [True] * 3 + [False] * 8, 120, "cpu")
+    assert len(batches) == 7 and sorted(row for rows in batches for row in rows) == [0, 1, 2, 5, 6, 7, 8, 9, 10]
+
+
+FLAGS = {"grpo": [{"loss": "grpo"}, {"loss": "dapo"}, {"loss": "dr_grpo"}, {"loss": "grpo", "updates_per_batch": 2, "lr": 1e-6}],
+         "lambda_grpo_learnable": [{"lam_init": 0.5}]}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rows_of_equal_groups_change_nothing(alone, name, monkeypatch):
+    """A step that leaves completions of advantage 0 out has the gradient and the parameters of one that keeps all."""
+    script = importlib.import_module(name)
+    honest, kept = script.micro_batches, []
+
+    def all_rows(lengths, teaches, *more):
+        kept.append(sum(teaches))
+        return honest(lengths, [True] * len(lengths), *more)
+
+    for flags in FLAGS.get(name, [{}]):
+        metrics, parameters = train(script, micro_batch_tokens=SMALL, **flags)
+        monkeypatch.setattr(script, "micro_batches", all_rows)
+        expected, others = train(script, micro_batch_tokens=SMALL, **flags)
+        monkeypatch.setattr(script, "micro_batches", honest)
+        assert 0 < kept[-1] < PROMPTS * GROUP
+        for key in ("grad_norm", "lam_grad", "lam"):
+            assert metrics.get(key, 0) == pytest.approx(expected.get(key, 0), rel=1e-5)
+        assert distance(parameters, others) < 1e-6
+
+
+def test_all_rows_are_kept_for_the_kl_term(alone, monkeypatch):
+    import grpo
+
+    honest, kept = grpo.micro_batches, []
+    monkeypatch.setattr(grpo, "micro_batches", lambda lengths, teaches, *more: kept.append(teaches) or honest(lengths, teaches, *more))
+    train(grpo, beta=0.1)
+    assert kept == [[True] * PROMPTS * GROUP]
+
+
+@pytest.mark.parametrize("equal", ["one rank", "everywhere"])
+def test_a_rank_without_a_row_that_teaches(tmp_path, equal):
+    """Two ranks, one of them with equal groups alone, and then both: no hang, and one rank's parameters."""
+    case = f"grpo/{'equal_half' if equal == 'one rank' else 'equal'}"
+    found = run_with_ranks(2, [case], tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    metrics, parameters = run_case(f"{case}:{WHOLE}")
+    dist.destroy_process_group()
+    other, tensors = found[2, f"{case}:{SMALL}"]
+    assert other["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-5) and (metrics["grad_norm"] > 0) == (equal == "one rank")
+    assert distance(tensors, parameters) < 1e-6
 
 
 @pytest.mark.parametrize("name, off, least", [

@@ -284,7 +284,7 @@ def training_step(here, longest, compile=False):
     completions = [grpo.Completion(draw(n), "stop", [-math.log(vocabulary)] * n) for n in lengths]
     rewards = (torch.arange(len(lengths), device=here.device) % 2).float().view(prompts, group_size)
     totals = [prompt + length for length in lengths]
-    plan = grpo.micro_batches(totals, budget, here.device)
+    plan = grpo.micro_batches(totals, [True] * len(totals), budget, here.device)
     work = {"tokens": sum(totals), "longest": max(totals), "micro_batches": len(plan)}
     work["operations"] = operations(here.config, totals)
     return lambda: grpo.train_step(policy, None, optimizer, args, asked, completions, rewards)[0], work
@@ -412,14 +412,19 @@ def sampler(here):
     lap = lambda: clock.append(time.perf_counter()) or clock[-1] - clock[-2]  # noqa: E731  seconds since the last one
     used = lambda: -np.subtract(*torch.cuda.mem_get_info()) / 1e9 if here.gpu else 0.0  # noqa: E731  free, total
     with tempfile.TemporaryDirectory() as folder:
-        random_model(here.config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        args = grpo.Args(model=folder, prompts_per_step=16 * WORLD, max_prompt_tokens=64, max_new_tokens=tokens)
+        shared = [folder]
+        dist.broadcast_object_list(shared)  # the first rank's, in which it saves the model
+        if RANK == 0:
+            random_model(here.config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        dist.barrier()
+        args = grpo.Args(model=shared[0], prompts_per_step=16 * WORLD, max_prompt_tokens=64, max_new_tokens=tokens)
         numbers = {"vllm": kind is grpo.VLLMSampler, "logp_diff": 0.0, "gb_before": used()}
         lap()
         engine = kind(args, tokenizer, here.device)
         numbers |= {"seconds_start": lap(), "gb_asleep": used() - numbers["gb_before"]}
         policy = grpo.load_policy(args, here.device)
+        dist.barrier()
     optimizer = with_optimizer(policy)
     prompts = torch.randint(1, 17, (16, 64), generator=torch.Generator().manual_seed(RANK)).tolist()
     for turn in ("first", "second"):
@@ -502,8 +507,7 @@ def main():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"machine": machine, "items": rows}, indent=1))
     verdicts = [row["verdict"] for row in rows.values()]
-    counts = (f"{verdicts.count(verdict)} {verdict}" for verdict in ("holds", "does not hold", "not run"))
-    say(", ".join(counts) + f"; written to {file}")
+    say(*(f"{verdicts.count(verdict)} {verdict}," for verdict in ("holds", "does not hold", "not run")), f"written to {file}")
     dist.destroy_process_group()
     sys.exit("does not hold" in verdicts)
 

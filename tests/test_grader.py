@@ -1,0 +1,380 @@
+"""Tests of the grader in eval.py: a table of cases, spellings and disguises of real golds, hostile answers, workers.
+
+Real golds are expected beside the repository, in ../shared/bench. Without them their tests are skipped, or fail when
+GRPO_REQUIRE_DATA=1 is set.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import eval as ev  # noqa: E402
+
+BENCH = ROOT.parent / "shared" / "bench"
+BENCHMARKS = ("aime24", "amc23", "gsm8k", "math500", "minerva", "olympiadbench")
+
+
+def boxed(answer):
+    return f"So the answer is \\boxed{{{answer}}}."
+
+
+def golds_of(name):
+    path = BENCH / f"{name}.jsonl"
+    if not path.exists():
+        if os.environ.get("GRPO_REQUIRE_DATA") == "1":
+            pytest.fail(f"GRPO_REQUIRE_DATA=1, and there is no {path}")
+        pytest.skip(f"no {path.name} in ../shared/bench")
+    return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with ev.Grader(workers=2, deadline=30) as grader:  # a busy machine must not decide
+        yield grader
+
+
+# ---- A table of cases ----
+
+
+def cases():
+    """The table of grader_cases.txt: [(kind, whether right, completion, gold)]."""
+    rows, kind, right = [], None, None
+    for line in (ROOT / "tests" / "grader_cases.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            kind, _, verdict = line[3:].rpartition(" | ")
+            right = {"right": True, "wrong": False}[verdict]
+        elif line and not line.startswith("#"):
+            answer, _, gold = line.rpartition(" ← ")
+            rows.append((kind, right, answer[1:] if answer.startswith("!") else boxed(answer), gold))
+    return rows
+
+
+def test_table_of_cases(grader):
+    """As a reward is given: all in one call. Each kind has at least three members."""
+    rows = cases()
+    verdicts = grader.grade_all([(completion, gold) for _, _, completion, gold in rows])
+    assert [row for row, verdict in zip(rows, verdicts) if verdict != row[1]] == []
+    sizes = Counter(row[:2] for row in rows)
+    assert len(sizes) > 40 and [kind for kind, size in sizes.items() if size < 3] == []
+
+
+def test_clean_is_stable():
+    for _, _, completion, gold in cases():
+        for text in (gold, ev.last_boxed(completion) or completion):
+            assert ev.clean(ev.clean(text)) == ev.clean(text)
+
+
+def test_numbers_are_equal_to_a_millionth():
+    """On both sides of the bound, which is of the number itself below 1."""
+    for gold, near, far in (("3", "3.0000009", "3.0000011"), ("1234567", "1234567.0000009", "1234568"),
+                            ("0.25", "0.2500002", "0.2500003"), ("-2.5", "-2.5000009", "-2.5000011")):
+        assert ev.judge_text(gold, near) is True and ev.judge_text(gold, far) is False, gold
+
+
+def test_text_is_judged_in_linear_time():
+    """In the parent nothing stops a regular expression. It takes seconds; of exponential time, it would go on for ever."""
+    def stop(*_):
+        raise TimeoutError
+
+    parts = ["\\a", "\\pi ", "\\frac", "{", "}", "(", "5", "1 ", "aa ", "so ", "not ", "^", "^{", "= ", "- ", " ", "\\", "\\text{", ".",
+             "°", "/", "'", "1/", "\\{x ", "\\sin ", "0.\\overline{3}", "B) ", "_", "llion", "~", "\\,", "|", "5 a"]  # fmt: skip
+    handler, _ = signal.signal(signal.SIGALRM, stop), signal.alarm(120)
+    for part in parts:
+        for before, after in (("", ""), ("5 ", ""), ("\\{x", "\\}"), ("5", "!"), ("x=", "")):
+            text = before + part * (3000 // len(part)) + after
+            ev.stated(text)
+            for gold in ("5", "\\frac{1}{2}", "east", "(1,2)", "x=5 \\text{ cm}"):
+                ev.judge_text(gold, ev.clean(text))
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+
+
+def test_last_boxed():
+    assert ev.last_boxed("a \\boxed{1} b \\boxed{2}.") == "2"
+    assert ev.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert ev.last_boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
+    assert ev.last_boxed("\\boxed {7}") == "7"
+    assert ev.last_boxed("so } } \\boxed{7} and { {") == "7"
+    assert ev.last_boxed("\\boxed{7}, so \\boxed{8") == "7"  # cut off in the second
+    assert ev.last_boxed("x = \\boxed{a \\boxed{5}}") == "5"
+    assert ev.last_boxed("the answer is 7") is None
+    assert ev.last_boxed("\\boxed{") is None
+    assert ev.last_boxed("") is None
+
+
+def test_last_boxed_is_linear():
+    start = time.process_time()
+    for text in ("\\boxed{" * 150_000, "{" * 10**6, "}" * 10**6, "\\boxed{" + "{" * 10**5 + "1" + "}" * 10**5 + "}",
+                 "\\" * 10**6, "\\boxed " * 150_000, "\\boxed{1}" * 100_000, "a" * 10**7):  # fmt: skip
+        ev.last_boxed(text)
+    assert time.process_time() - start < 10
+
+
+def test_several_boxes_no_box(grader):
+    assert grader.grade("First \\boxed{3}, no: \\boxed{4}", "4")
+    assert not grader.grade("First \\boxed{4}, no: \\boxed{3}", "4")
+    assert grader.grade("2 + 2 is asked.\nThe final answer is $4$.", "4")  # no box, but the last line states it
+    assert grader.grade("**Answer:** \\frac{1}{2}", "0.5") and grader.grade("2+2=4\n#### 4", "4")
+    assert not grader.grade("The answer is 4.\nLet us check: 2 + 2 is 4, good.", "4")  # not in the last line
+    assert not grader.grade("2 + 2 is 4.", "4")
+    assert not grader.grade("The answer is \\boxed{4", "4")
+    assert not grader.grade("The answer is 4, no: \\boxed{5}", "4")
+    assert not grader.grade("\\boxed{}", "4")
+    assert not grader.grade("\\boxed{4}", "")
+    assert not grader.grade("\\boxed{}", "")
+
+
+# ---- Spellings, disguises and changed digits of real golds ----
+
+
+def spellings(gold):
+    """The same number or formula: {kind: text}."""
+    return {
+        "in dollars": f"${gold}$", "with spaces": rf"\; {gold} \,", "with a full stop": f"{gold}.", "left, right": rf"\left({gold}\right)",
+        "after words": rf"\text{{The answer is }} {gold}", "bold": rf"\boldsymbol{{{gold}}}", "approximately": rf"\approx {gold}",
+    }  # fmt: skip
+
+
+def number_spellings(n, a):
+    """The same integer n, where a is another one."""
+    return {
+        "a name": f"x = {n}", "a unit": rf"{n} \text{{ cm}}", "things": f"{n} eggs", "money": rf"\${n}", "a decimal": f"{n}.00",
+        "thousands": f"{n:,}", "upright": rf"\mathrm{{{n}}}", "a true equation": f"{n - a}+{a}={n}", "a power of ten": f"{n}0e-1",
+        "a fraction": rf"\frac{{{2 * n}}}{{2}}",
+    }  # fmt: skip
+
+
+def disguises(n, a):
+    """What is equal to n, but not worked out, or contains n and says something else."""
+    return {
+        "a sum": f"{n - a}+{a}", "a sum in braces": f"{{{n - a}}}+{{{a}}}", "a difference": f"{n + a}-{a}", "a product": rf"{n}\cdot 1",
+        "side by side": f"({n - a})({a})", "with a space": f"{n - a} {a}", "nothing added": f"{n}+0", "a root": rf"\sqrt{{{n * n}}}",
+        "improper": rf"{n - 1}\frac{{1}}{{1}}", "nested": rf"\frac{{{n}}}{{1/1}}", "rounded": rf"\lfloor {n}.5\rfloor",
+        "a divisor": rf"\gcd({n},{2 * n})", "a sum sign": rf"\sum_{{k=1}}^{{1}} {n}", "an integral": rf"\int_0^1 {n} dx",
+        "a power": f"({n})^1", "a logarithm": rf"\log_2 2^{{{n}}}", "units added": rf"{n - a} \text{{ cm}}+{a} \text{{ cm}}",
+        "the question": f"{n - a}+{a}=?", "two values": f"{n}={n + a}", "squared": f"{n} squared", "a factor": f"{n}x", "negated": f"not {n}",
+        "a bound": f"x > {n}", "one of two": f"{n} or {n + a}", "thousands of it": f"{n} thousand", "a percentage of it": f"{n}% of {a}",
+    }  # fmt: skip
+
+
+def formula_disguises(gold):
+    return {
+        "nothing added": f"{gold}+1-1", "two halves": rf"\frac{{1}}{{2}}({gold})+\frac{{1}}{{2}}({gold})", "one more": f"{gold}+1",
+        "an integral": rf"\int_0^1 ({gold}) dz", "a sum sign": rf"\sum_{{z=1}}^{{1}} ({gold})", "squared": rf"{gold} \text{{ squared}}",
+        "negated": rf"\text{{not }} {gold}",
+    }  # fmt: skip
+
+
+def changed(gold, generator):
+    """The gold with one of its digits changed."""
+    place = generator.choice([match.start() for match in re.finditer(r"\d", gold)])
+    digit = generator.choice([digit for digit in "123456789" if digit != gold[place]])
+    return gold[:place] + digit + gold[place + 1:]
+
+
+@pytest.mark.parametrize("share", [0.04, pytest.param(1, marks=pytest.mark.long)], ids=["some", "all"])
+def test_spellings_and_disguises_of_real_golds(share, grader):
+    """Made from the golds, not from strings that somebody thought of. The quick suite takes a sample."""
+    generator, cases = random.Random(0), []
+    for name in BENCHMARKS:
+        for gold in golds_of(name)[:: 4 if name == "gsm8k" and share < 1 else 1]:
+            text, a = ev.clean(gold), generator.randint(2, 99)
+            if text.isdecimal():
+                cases += [(f"{kind}, right", form, gold) for kind, form in (spellings(text) | number_spellings(int(text), a)).items()]
+                cases += [(f"{kind}, wrong", form, gold) for kind, form in disguises(int(text), a).items()]
+            elif generator.random() < share and not re.search(r"[,=_]|\\(?:text|cup|circ|begin)", text):
+                cases += [(f"{kind}, right, formula", form, gold) for kind, form in spellings(text).items()]
+                cases += [(f"{kind}, wrong, formula", form, gold) for kind, form in formula_disguises(text).items()]
+            if re.search(r"\d", gold) and (text.isdecimal() or generator.random() < share):
+                cases.append(("a changed digit, wrong", changed(gold, generator), gold))
+    verdicts = grader.grade_all([(boxed(form), gold) for _, form, gold in cases])
+    false = [case for case, verdict in zip(cases, verdicts) if verdict != ("right" in case[0])]
+    asked, failed = Counter(kind for kind, _, _ in cases), Counter(kind for kind, _, _ in false)
+    print(*(f"{kind}: {failed[kind]} false of {count}" for kind, count in sorted(asked.items())), sep="\n")
+    assert len(asked) > 40
+    assert [case for case in false if "wrong" in case[0]] == []
+    assert [case for case in false if "right" in case[0]] == []
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in ("minerva", "olympiadbench"))) for name in BENCHMARKS])
+def test_gold_against_itself(name, grader):
+    """No row is dropped, each gold is right, and so is the next row's only if it is the same."""
+    golds = golds_of(name)
+    problems = ev.load_problems(str(BENCH / f"{name}.jsonl"))
+    assert len(problems) == len(golds)
+    verdicts = grader.grade_all([(boxed(gold), problem["answer"]) for gold, problem in zip(golds, problems)])
+    assert [gold for gold, verdict in zip(golds, verdicts) if not verdict] == []
+    others = [(gold, other) for gold, other in zip(golds, golds[1:]) if gold.split("=")[-1] != other.split("=")[-1]]
+    verdicts = grader.grade_all([(boxed(other), gold) for gold, other in others])
+    assert [pair for pair, verdict in zip(others, verdicts) if verdict] == []
+
+
+# ---- Hostile answers, and workers that die ----
+
+HOSTILE = [
+    "9^{9^{9^{9}}}", "9^9^9^9", "2^{2^{2^{2^{2^{2}}}}}", "10^{10^{10}}", "(-1)^{10^{10^{10}}}", "99999999^{99999999}",
+    "10000000!", "((10!)!)!", "3!!!!!!!!!!", "\\binom{10^9}{5 \\cdot 10^8}", "\\prod_{n=1}^{10^9} n", "1" * 390,
+    "\\sum_{n=1}^{10^{12}} \\sin(n)", "\\int_0^1 x^{x^{x^x}} dx", "\\int e^{x^2} \\sin(x^3) \\ln(x) dx", "\\infty^{\\infty}",
+    "\\lim_{x \\to 0} \\frac{\\sin(x^{x^x})}{x}", "\\sqrt[10^{10}]{10^{10^{10}}}", "x^{1000} + (x+1)^{1000} - (x-1)^{1000}",
+    "(x+y+z)^{300}", "(1+x)^{99999}", "\\sin(\\sin(\\sin(\\sin(\\sin(10^{10^{8}})))))", "\\frac{1}{0}", "0/0", "\\frac{0}{0}",
+    "{" * 190 + "4" + "}" * 190, "(" * 199 + "4" + ")" * 199, "[" * 400, "\\frac{" * 60, "\\sqrt{" * 66, "-" * 399 + "4",
+    "\\frac{1}{1+" * 30 + "x" + "}" * 30, "\\{" + ",".join(map(str, range(110))) + "\\}", "{" * 100_000 + "5" + "}" * 100_000,
+    "\\{" + ",".join(map(str, range(2000))) + "\\}", "9" * 10**6, "a" * 10**6, "\\boxed{" * 1000, "5" + " " * 10**6 + "6",
+    "4\x00", "\x00", "\ud800", "4\udfff", "\u202e4", "😀" * 100, "\\x00\\u0000", "%s%s%n", "'; DROP TABLE golds; --",
+    "__import__('os').system('touch /tmp/hostile')", "eval('5')", "lambda x: 5", "exec(\"raise SystemExit\")", "import os",
+    "exit()", "quit()", "os._exit(0)", "while True: pass", "Symbol('x')", "N(pi, 10**9)", "factorial(10**8)", "True", "None",
+    "nan", "\\text{nan}", "1e999999999", "1e9999", "10^{-999999999}", "\\begin{pmatrix} " + "1 & " * 90 + "1 \\end{pmatrix}",
+    "\\det " + "x_{1}" * 70, "5 \\neq 5", "1 = 1", "x = x", "x", "\\gold", "\\boxed", "?", "\\", "5 \\mod 10^{10^{10}}",
+    "\\sum_{k=1}^{\\infty} \\frac{1}{k^{k^{k}}}", "\\int_0^{\\infty} \\frac{\\sin(x^{9})}{x^{x}} dx", "\\frac{d^{99}}{dx^{99}} \\tan(\\tan(x))",
+    "\\prod_{p=1}^{10^{6}} (x - p)", "(x-1)" * 80, "(x^2-1)(x^3-1)(x^5-1)" * 20, "\\cos(1)^{\\cos(1)^{\\cos(10^{99})}}", "7^{7^{7}} \\bmod 10",
+    "|".join("x" * 50), "\\left(" * 90 + "4" + "\\right)" * 90, "\\sqrt{5 + " * 35 + "x" + "}" * 35, "\\log(" * 60 + "5" + ")" * 60,
+    "x^{" * 60 + "5" + "}" * 60, "\\{5, " * 50, "5," * 190, "[0, 5) \\cup " * 30 + "(5, 6)", "\\tan(10^{10^{5}})", "\\arcsin(10^{10^{10}})",
+    "1.5e3e3e3", "0." + "3" * 390, "\\frac{10^{400}}{10^{399}} - 6 + 10^{-400}", "\\text{" * 80 + "4" + "}" * 80, "\\infty - \\infty",
+    "F_{10^{9}}", "\\Gamma(10^{10})", "\\zeta(-10^{9})", "\\log_{2}(\\log_{2}(10^{10^{10}}))", "\\pi^{\\pi^{\\pi^{\\pi}}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answers", [HOSTILE[::8], pytest.param(HOSTILE, marks=pytest.mark.long)], ids=["few", "all"])
+def test_hostile_answers(answers):
+    """None hangs the batch, none is right. Good ones among and after them are, and dead workers are counted and replaced."""
+    gold, deadline = r"\sqrt{5}", 2.0  # on a busy machine a good answer may take one
+    good = [(boxed(f"{n} + x"), f"x + {n}") for n in range(50)]  # each needs a worker
+    hostile = [(boxed(answer), gold) for answer in answers]
+    mixed = [pair for pairs in itertools.zip_longest(hostile, good) for pair in pairs if pair]
+    with ev.Grader(workers=2, deadline=deadline) as grader:
+        start = time.perf_counter()
+        verdicts = grader.grade_all(mixed)
+        seconds = time.perf_counter() - start
+        killed = grader.timeouts + grader.crashes
+        print(f"{len(hostile)} hostile in {seconds:.1f} s, {grader.timeouts} time-outs, {grader.crashes} crashes")
+        wrong = [pair for pair, verdict in zip(mixed, verdicts) if verdict != (pair in good)]
+        assert [(completion[:80], gold) for completion, gold in wrong] == []
+        assert killed >= 1
+        assert seconds < 5 * killed * deadline + 60  # ten times what it takes on an idle machine: a hang is for ever
+        assert all(grader.grade_all(good))
+        assert grader.timeouts + grader.crashes == killed
+
+
+@pytest.mark.long
+def test_hostile_golds():
+    """A gold that hangs is not readable, and its answer is wrong."""
+    golds = {answer for answer in HOSTILE if ev.clean(answer) and len(answer) < 500}
+    with ev.Grader(workers=2, deadline=2.0) as grader:
+        readable = grader.readable({ev.clean(gold) for gold in golds})
+        assert not {"?", "\\", "\\frac{" * 60} & readable
+        assert not any(grader.grade_all([(boxed("7"), gold) for gold in golds]))
+
+
+@pytest.mark.long
+def test_memory_limit():
+    """A worker that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
+    with ev.Grader(workers=1, deadline=30, memory_gb=0.5) as grader:
+        assert not grader.grade(boxed("2^{2^{33}}"), r"\sqrt{7}")  # one gigabyte, and more while it is computed
+        peak = max(int(re.search(r"VmPeak:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1])
+                   for worker in grader.running.values()) if sys.platform == "linux" and grader.running else 0  # fmt: skip
+        assert peak <= 2**19  # KiB
+        assert grader.grade(boxed("1+x"), "x+1")
+        assert grader.timeouts == 0
+
+
+def test_duplicates_are_graded_once():
+    with ev.Grader(workers=2, deadline=0.7) as grader:
+        verdicts = grader.grade_all([(boxed("9^{9^{9^{9}}}"), "\\sqrt{5}")] * 20 + [(boxed("x+1"), "1+x")] * 20)
+        assert verdicts == [False] * 20 + [True] * 20
+        assert grader.timeouts == 1
+
+
+def test_dead_worker_is_replaced():
+    with ev.Grader(workers=1) as grader:
+        assert grader.grade(boxed("x+1"), "1+x")
+        os.kill(next(iter(grader.running.values())).pid, signal.SIGKILL)
+        time.sleep(0.2)
+        assert grader.grade(boxed("x+2"), "2+x")
+
+
+def test_question_of_a_killed_worker_is_asked_again():
+    """Killed from outside (by the kernel that is short of memory, say) while it has a question; its fork as well."""
+    with ev.Grader(workers=1) as grader:
+        assert grader.grade(boxed("x+1"), "1+x")
+        (worker,) = grader.running.values()
+        os.killpg(worker.pid, signal.SIGSTOP)  # so that it has the question for as long as we want
+        threading.Timer(0.5, os.killpg, (worker.pid, signal.SIGKILL)).start()
+        assert grader.grade(boxed("x+2"), "2+x")
+        assert grader.crashes == grader.timeouts == 0
+
+
+def test_from_threads(grader):
+    verdicts = {}
+
+    def ask(i):
+        verdicts[i] = grader.grade_all([(boxed(f"{i}+x"), f"x+{i}"), (boxed(f"{i}+x"), f"x+{i + 1}")])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert verdicts == {i: [True, False] for i in range(8)}
+
+
+def test_worker_that_cannot_start(tmp_path):
+    with ev.Grader(workers=1) as grader:
+        grader.command = [sys.executable, "-c", "raise ImportError('no sympy here')"]
+        with pytest.raises(RuntimeError, match="did not start"):
+            grader.grade(boxed("x+1"), "1+x")
+
+
+PARENT = """
+import sys, threading
+sys.path.insert(0, {root!r})
+import eval as ev
+grader = ev.Grader(workers=2, deadline=2.0)
+assert grader.grade("\\\\boxed{{x+1}}", "1+x")
+thread = threading.Thread(target=grader.grade, args=("\\\\boxed{{9^{{9^{{9^{{9}}}}}}}}", "\\\\sqrt{{5}}"), daemon=True)
+thread.start()
+import time
+time.sleep(0.5)
+grader.grade("\\\\boxed{{x+2}}", "2+x")
+print(*[worker.pid for worker in grader.running.values()], flush=True)
+time.sleep(600)
+"""
+
+
+def is_alive(pid):
+    """Whether the process runs: a zombie, which nobody has collected in this container, does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(status) and not status.startswith("Z")
+
+
+@pytest.mark.long
+def test_no_orphans_when_parent_is_killed():
+    """One worker idle, one hanging in sympy: both end by themselves."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(is_alive, pids))
+    parent.kill()
+    parent.wait()
+    deadline = time.time() + 2 + 5 + 5
+    while any(map(is_alive, pids)) and time.time() < deadline:
+        time.sleep(0.2)
+    alive = [pid for pid in pids if is_alive(pid)]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert alive == []
