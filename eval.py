@@ -1,22 +1,28 @@
 """Problems, prompts, grading and evaluation: the part that the four training scripts share.
 
-    python eval.py --model tests/tiny                                      the tiny model on generated sums
+    python eval.py --model tests/tiny                  the tiny model on generated sums
     python eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
-    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24,math500 --n 8 --out runs/qwen
-    python eval.py --compare runs/base runs/trained                        the difference of two finished evaluations
+    torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24 --n 8
+    python eval.py --compare runs/base runs/trained    the difference of two finished evaluations
 
-torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list below, a hub id
-"owner/name", or a .jsonl or .parquet file with one problem and its answer per row. n = 1 is greedy; more completions
-are sampled with --temperature and --top_p. The table has one row per benchmark:
+torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list
+below, a hub id "owner/name", or a .jsonl or .parquet file with one problem and its answer per row.
+With --n 1 decoding is greedy; more completions are sampled with --temperature and --top_p. The
+table has one row per benchmark:
 
-    avg@n      accuracy: the mean over problems of the share of right completions, ± its standard error over problems
-    length     mean tokens per completion; truncated: share cut off at --max_new_tokens; no box: share without a box
+    avg@n      accuracy: the share of right completions per problem, averaged over problems,
+               ± its standard error over problems
+    length     mean number of tokens per completion
+    truncated  share of completions that were cut off at --max_new_tokens
+    no box     share of completions without a \\boxed answer
     time-outs  gradings that were stopped after 3 seconds; they count as wrong
-    pass@k     probability that at least one of k completions is right (unbiased estimate from n), k = 1, 2, 4, .. n
+    pass@k     probability that at least one of k completions is right (unbiased estimate from n),
+               for k = 1, 2, 4, .. n
 
---out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text, math-verify,
-time-out, crash, too long, no answer). After an interruption the same command skips the benchmarks that are finished.
---compare prints the difference in accuracy per benchmark with a 95% interval (paired bootstrap over problems).
+--out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text,
+math-verify, time-out, crash, too long, no answer). After an interruption the same command skips the
+benchmarks that are finished. --compare prints the difference in accuracy per benchmark with a 95%
+interval (paired bootstrap over problems).
 """
 
 import argparse
@@ -763,22 +769,22 @@ FLAGS = (  # name, type, default, help
     ("model", str, None, "folder in transformers' format, or hub id"),
     ("benchmarks", str, "arithmetic", "names, files or hub ids, separated by commas"),
     ("n", int, 1, "completions per problem"),
-    ("system_prompt", str, None, "without it: asks for reasoning and a boxed answer"),
+    ("system_prompt", str, None, "not given: asks for reasoning and a boxed answer"),
     ("limit", int, None, "use only this many problems of each benchmark, the first ones"),
     ("max_new_tokens", int, 1024, "longer completions are cut off"),
-    ("temperature", float, None, "0 is greedy; without it: 0 if n is 1, otherwise 0.6"),
+    ("temperature", float, None, "0 is greedy; not given: 0 if n is 1, otherwise 0.6"),
     ("top_p", float, 0.95, "nucleus sampling, unless greedy"),
-    ("seed", int, 0, "decides the samples"),
-    ("sampler", str, "auto", "vllm, hf (transformers), or auto: vllm on a GPU, if installed"),
-    ("gpu_memory_utilization", float, 0.9, "vLLM's share of the GPU"),
-    ("out", str, None, "folder for all completions"),
+    ("seed", int, 0, "seed of the sampling"),
+    ("sampler", str, "auto", "vllm, hf (transformers), or auto: vllm on a GPU if it is installed"),
+    ("gpu_memory_utilization", float, 0.9, "vLLM's share of the GPU's memory"),
+    ("out", str, None, "folder in which all completions are kept"),
 )
 
 
 def parse_args():
     """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"data sets by name:\narithmetic, {', '.join(HUB)}", allow_abbrev=False)
+                                     epilog=f"benchmarks by name:\narithmetic, {', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
     for name, kind, default, text in FLAGS:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
