@@ -311,8 +311,8 @@ def load_prompts(name, split, tokenizer, args):
 
 SPELLINGS = {  # what stands in an answer: how it is read
     r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
-    "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "√": r"\sqrt ",
-    r"\$": "", "$": "", "£": "", "€": "", "**": "", "`": "", "<answer>": "", "</answer>": "", "~": " ",
+    "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ",
+    "√": r"\sqrt ", r"\$": "", "$": "", "£": "", "€": "", "**": "", "`": "", "<answer>": "", "</answer>": "", "~": " ",
     r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ",
     r"\left": "", r"\right": "", r"\mathbf": "", r"\boldsymbol": "", r"\mathrm{e}": "e", r"\mathrm{i}": "i",
     r"\mathrm": r"\text", r"\mbox": r"\text", r"\textbf": r"\text", r"\text {": r"\text{", r"\text{ ": r"\text{",
@@ -321,11 +321,11 @@ SPELLINGS = {  # what stands in an answer: how it is read
 FILLERS = ("so thus hence therefore then the that this it we is are be get final correct answer value result total "
            "about exactly approximately").split()
 UNITS = (r"m meter|km kilometer|cm centimeter|mm millimeter|g gram|kg kilogram|s second|min minute|h hr hour"
-         r"|in inche inch|ft foot feet|mi mile|l liter|lb pound|degree \circ|cent|dollar|% percent \%|day|year|unit"
-         r"|people|mph|sq square|N|J|W|V|K|C|/ per|of|a|each")
+         r"|in inche inch|ft foot feet|mi mile|l liter|lb pound|degree \circ|cent|dollar|% percent \%|day|month|year"
+         r"|unit|square sq|people|mph|N|J|W|V|K|C|/ per|of|a|each")
 UNITS = {spelling: names.split()[0] for names in UNITS.split("|") for spelling in names.split()}
-NO_UNITS = ("less times minus plus thirds halves quarters fifths sixths sevenths eighths ninths tenths hundredths "
-            "thousandths tens dozens hundreds thousands millions billions doubles triples squares cubes").split()
+NO_UNITS = ("less", "times", "minus", "plus", "thirds", "halves", "quarters", "ths", "pairs", "tens", "scores",
+            "dozens", "hundreds", "thousands", "illions", "doubles", "triples", "cubes")  # endings
 NUMBER = re.compile(r"""
     ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
     (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
@@ -386,7 +386,7 @@ def measured(text):
     unit = []
     for word in re.findall(r"\^-?\d|\\?[a-zA-Z]+|\\?\S", re.sub(r"\\text|[{}.]|\^(?=[{ ]*\\circ)", "", rest)):
         known = UNITS.get(word) or UNITS.get(word.lower().removesuffix("s"))
-        plural = word.isalpha() and len(word) > 3 and word.endswith("s") and word.lower() not in NO_UNITS
+        plural = word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
         if not (known or plural or word[0] == "^" and unit):
             return text, []
         unit.append(known or word.lower())
