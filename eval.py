@@ -24,6 +24,7 @@ are refused. Seed, settings and number of processes decide the completions.
 
 import argparse
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -544,6 +545,7 @@ class Grader:
         return "crash"
 
 
+@functools.lru_cache(1000)  # a group of completions has one gold
 def read(text):
     r"""math-verify's tree of a cleaned text, not evaluated, a list sorted. None if it differs from what is written.
 
