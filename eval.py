@@ -575,7 +575,7 @@ def length(tree):
 
 def work_left(tree):
     """How much a formula leaves to be done: sympy makes 2x + 3x shorter, (x+1)(x+2) multiplies sums; n(n-1) is done."""
-    from sympy import Expr, expand, preorder_traversal
+    from sympy import Expr, cancel, expand, preorder_traversal
     from sympy.concrete.expr_with_limits import ExprWithLimits
 
     if not isinstance(tree, Expr):
@@ -583,9 +583,9 @@ def work_left(tree):
     left = int(tree.has(ExprWithLimits))
     for part in preorder_traversal(tree):
         left += part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
-        left += part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1
+        left += bool(part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1)
     done = tree.doit()
-    return left + max(0, length(tree) - min(length(done), length(expand(done))))
+    return left + max(0, length(tree) - min(map(length, (done, expand(done), cancel(done)))))
 
 
 def same(gold, answer):
