@@ -147,7 +147,7 @@ def usable(rows, name, wanted=PROBLEMS | ANSWERS):
         row["answer"] = clean(row["answer"])
         if len(re.findall(r"(?<![\\a-z])[a-z]{2,}", row["answer"], re.IGNORECASE)) > 12:  # a proof
             row["answer"] = ""
-    with Grader() as grader:
+    with Grader(deadline=10.0) as grader:  # a busy machine must not decide
         readable = grader.readable({row["answer"] for row in texts})
     kept = [row for row in texts if row["answer"] in readable and row.get("problem") != ""]
     where = " (in the column solution it must be a number, or stand in \\boxed{} or after ####)" if in_solution else ""
@@ -627,7 +627,7 @@ def work(deadline, memory_gb):
 
     logging.disable()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    same("1+x", "x+1")  # imports what is needed
+    same(r"\sqrt{3}-\frac{x^{2}}{2}", r"-\frac{x^{2}}{2}+\sqrt{3}")  # imports and prepares what is needed
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     for stream in (1, 2):  # a library's output is not a reply
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -253,7 +253,7 @@ def test_solutions_and_proofs(tmp_path, capsys):
     assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8"]
     assert "1 of 4 rows dropped" in (said := capsys.readouterr().out) and "stand in \\boxed{}" in said
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
-    formula = "f(x)=a x+b, where b is an arbitrary integer, and a is an arbitrary positive integer"
+    formula = "f(x)=a x+b, where b is an arbitrary integer, a is an arbitrary positive integer"
     path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
     assert [row["answer"] for row in ev.load_problems(str(path))] == [formula]
 
