@@ -553,7 +553,7 @@ def read(text):
     """
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify.grader import sort_key
-    from sympy import FiniteSet, Number, Tuple
+    from sympy import FiniteSet, Number, Tuple, nan, zoo
 
     text = re.sub(r"(?<![a-zA-Z\\])i(?![a-zA-Z])", "{I}", text)  # the root of -1
     as_written = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
@@ -562,7 +562,7 @@ def read(text):
     kept = {abs(part) for number in tree.atoms(Number) for part in (number, *number.as_numer_denom())}
     if isinstance(tree, FiniteSet):  # sympy's comparison would forget how often an element stands there
         tree = Tuple(*sorted(tree._unsorted_args, key=sort_key))
-    return tree if kept.issuperset(map(Number, written)) else None
+    return tree if kept.issuperset(map(Number, written)) and not tree.has(nan, zoo) else None
 
 
 def length(tree):
@@ -582,6 +582,7 @@ def work_left(tree):
         return sum(map(work_left, getattr(tree, "args", tree)))  # a matrix has no args
     left = int(tree.has(ExprWithLimits))
     for part in preorder_traversal(tree):
+        left += part.is_Add and sum(term.is_rational is True for term in part.args) > 1
         left += part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
         left += bool(part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1)
     done = tree.doit()
