@@ -27,6 +27,7 @@ interval (paired bootstrap over problems).
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -138,14 +139,14 @@ def usable(rows, name, wanted=PROBLEMS | ANSWERS):
         row["answer"] = clean(row["answer"])
         if len(re.findall(r"(?<![\\a-z])[a-z]{2,}", row["answer"], re.IGNORECASE)) > 12:  # a proof
             row["answer"] = ""
-    with Grader() as grader:
+    with Grader(deadline=10.0) as grader:  # a busy machine must not decide
         readable = grader.readable({row["answer"] for row in texts})
     kept = [row for row in texts if row["answer"] in readable and row.get("problem") != ""]
     where = " (in the column solution it must be a number, or stand in \\boxed{} or after ####)" if in_solution else ""
     check(kept, f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read{where}")
     if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer that is empty, open, "
-            f"without letter or digit, of more than a dozen words, or too slow to read{where}")
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer that is empty, has "
+            f"open braces, no letter or digit, or more than a dozen words, or is too slow to compare{where}")
     return kept
 
 
@@ -193,7 +194,8 @@ def read_file(path):
             if line.strip():
                 rows.append(dict(json.loads(line)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(f"cannot read {path}{place}: {error}; it must be .parquet, or have a JSON object in each line, or in one array")
+        fail(f"cannot read {path}{place}: {error}; it must be .parquet, or have a JSON object in each line (.jsonl), "
+             "or be one JSON array of objects")
     return rows
 
 
@@ -313,9 +315,9 @@ def load_prompts(name, split, tokenizer, args):
 # ---- Grading ----
 
 SPELLINGS = {  # what stands in an answer: how it is read
-    r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2", "³": "^3",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ", "√": r"\sqrt ",
-    r"\$": "", "$": "", "£": "", "€": "", "**": "", "`": "", "<answer>": "", "</answer>": "", "~": " ",
+    r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
+    "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ",
+    "√": r"\sqrt ", r"\$": "", "$": "", "£": "", "€": "", "**": "", "`": "", "<answer>": "", "</answer>": "", "~": " ",
     r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ",
     r"\left": "", r"\right": "", r"\mathbf": "", r"\boldsymbol": "", r"\mathrm{e}": "e", r"\mathrm{i}": "i",
     r"\mathrm": r"\text", r"\mbox": r"\text", r"\textbf": r"\text", r"\text {": r"\text{", r"\text{ ": r"\text{",
@@ -324,11 +326,11 @@ SPELLINGS = {  # what stands in an answer: how it is read
 FILLERS = ("so thus hence therefore then the that this it we is are be get final correct answer value result total "
            "about exactly approximately").split()
 UNITS = (r"m meter|km kilometer|cm centimeter|mm millimeter|g gram|kg kilogram|s second|min minute|h hr hour"
-         r"|in inche inch|ft foot feet|mi mile|l liter|lb pound|degree \circ|cent|dollar|% percent \%|day|year|unit"
-         r"|people|mph|sq square|N|J|W|V|K|C|/ per|of|a|each")
+         r"|in inche inch|ft foot feet|mi mile|l liter|lb pound|degree \circ|cent|dollar|% percent \%|day|month|year"
+         r"|unit|square sq|people|mph|N|J|W|V|K|C|/ per|of|a|each")
 UNITS = {spelling: names.split()[0] for names in UNITS.split("|") for spelling in names.split()}
-NO_UNITS = ("less times minus plus thirds halves quarters fifths sixths sevenths eighths ninths tenths hundredths "
-            "thousandths tens dozens hundreds thousands millions billions trillions doubles triples squares cubes").split()
+NO_UNITS = ("less", "times", "minus", "plus", "thirds", "halves", "quarters", "ths", "pairs", "tens", "scores",
+            "dozens", "hundreds", "thousands", "illions", "doubles", "triples", "cubes")  # endings
 NUMBER = re.compile(r"""
     ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
     (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
@@ -336,7 +338,7 @@ NUMBER = re.compile(r"""
 
 
 def last_boxed(text):
-    """The content of the last closed \\boxed{...} or \\boxed 5, or None. One pass over the text, however deep it nests."""
+    """The content of the last closed \\boxed{...} or \\boxed 5, or None. One pass, however deep the text nests."""
     start, content, open_braces = -1, None, []
     for match in re.finditer(r"\\boxed\s*(?:\{|(\w+))|\\.|[{}]", text, re.DOTALL):  # \\. skips escaped braces
         if match[1]:
@@ -359,7 +361,7 @@ def stated(text):
 
 
 def clean(text):
-    r"""An answer in one layout: "$8\,178.$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e33" -> "4.5 \times 10^{33}"."""
+    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5 \times 10^{3}"."""
     if text.isdecimal():  # most answers are
         return text
     for spelling, meaning in SPELLINGS.items():
@@ -375,21 +377,21 @@ def clean(text):
     text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$|, ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
-    while (word := re.match(r"(?:\\text\{)?([a-zA-Z]+):?[ }]+", text)) and word[1].lower() in FILLERS:
+    while (word := re.match(r"(?:\\text\{)?(\w+):?[ }]+", text)) and word[1].lower() in FILLERS:
         text = text[word.end():]
     return text.strip()
 
 
 def measured(text):
-    r"""A value and its unit, a known name or a plural that is not about numbers: "5 \text{ meters}^2" -> ("5", ["m", "^2"]).
+    r"""A value and its unit, a known name or a plural: "5 \text{ meters}^2" -> ("5", ["m", "^2"]).
 
-    Single letters are factors, and other words change the value: "5 x" -> ("5 x", []), "5 squared" -> ("5 squared", []).
+    Single letters are factors, and other words change the value: "5 x" and "5 squared" have no unit and stay whole.
     """
-    value, rest = re.fullmatch(r"(.*?) ?(\^?\{?\\circ.*|\\?%.*|\\text.*| [a-zA-Z]{2,}.*| [a-zA-Z]/.*|)", text).groups()
+    value, rest = re.fullmatch(r"(.*?) ?(\^?\{?\\circ.*|\\?%.*|\\text.*| [a-z][a-z/].*|)", text, re.I).groups()
     unit = []
     for word in re.findall(r"\^-?\d|\\?[a-zA-Z]+|\\?\S", re.sub(r"\\text|[{}.]|\^(?=[{ ]*\\circ)", "", rest)):
         known = UNITS.get(word) or UNITS.get(word.lower().removesuffix("s"))
-        plural = word.isalpha() and len(word) > 3 and word.endswith("s") and word.lower() not in NO_UNITS
+        plural = word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
         if not (known or plural or word[0] == "^" and unit):
             return text, []
         unit.append(known or word.lower())
@@ -397,7 +399,7 @@ def measured(text):
 
 
 def quantity(text):
-    r"""(value, unit) of a number that is written out, else None: "1\frac{1}{2} \text{ cm}" -> (Fraction(3, 2), ["cm"])."""
+    r"""A number that is written out, and its unit: "1\frac{1}{2} \text{ cm}" -> (Fraction(3, 2), ["cm"]); else None."""
     value, unit = measured(text)
     match = NUMBER.fullmatch(value)
     if not match or len(value) > 1000:
@@ -418,14 +420,14 @@ def same_quantity(gold, answer):
 def sides(text):
     """The name and the values of an equation: "x = 3+4 = 7" -> ("x", ["3+4", "7"]), "7" -> ("", ["7"])."""
     first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
-    name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-zA-Z]+)(_\w|_\{[^{}]*\})?'?(\([\w, ]*\))?"  # x_1, f(n), Area
-    return (first, rest) if rest and re.fullmatch(name, first) else ("", [first, *rest])
+    name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([\w, ]*\))?"  # x_1, f(n), Area
+    return (first, rest) if rest and re.fullmatch(name, first, re.I) else ("", [first, *rest])
 
 
 def words_of(text):
-    r"""A text in small letters if it is words, or a date, time or ratio, else "": "\text{East}" -> "east", "2k" -> ""."""
+    r"""A text in small letters if it is words, a date, time or ratio, else "": "\text{East}" -> "east", "2k" -> ""."""
     words = " ".join(re.sub(r"\\text|[{}()]", " ", text).split())
-    is_words = re.fullmatch(r"[a-zA-Z]|(?=.*[a-zA-Z]{2})[a-zA-Z' ]+|[\d:/.-]+", words)
+    is_words = re.fullmatch(r"[a-z]|(?=.*[a-z]{2})[a-z' ]+|[\d:/.-]+", words, re.I)
     return (words if len(words) == 1 else words.lower()) if is_words else ""
 
 
@@ -440,7 +442,7 @@ def judge_text(gold, answer):
     expected = quantity(values[0]) if len(values) == 1 else None
     if expected:  # the other sides may be sums, but not 2x, or 5 <
         numbers = [number for side in found if (number := quantity(side))]
-        sums = [side for side in found if re.fullmatch(r"(\\(frac|sqrt|cdot|times)|[^a-zA-Z\\<>,?])*", side)]
+        sums = [side for side in found if re.fullmatch(r"(\\(frac|sqrt|cdot|times)|[^a-z\\<>,?!])*", side, re.I)]
         return (bool(numbers) and all(same_quantity(expected, number) for number in numbers)
                 and all(side in sums or quantity(side) for side in found))
     if words_of(gold):
@@ -501,7 +503,7 @@ class Grader:
         """
         verdicts, open_questions = [], {}
         for completion, gold in pairs:
-            seen = re.split("<think>", re.split("</think>", completion)[-1])[0]  # also of an unfinished thought
+            seen = re.split(r"<think\w*>", re.split(r"</think\w*>", completion)[-1])[0]  # without thoughts
             gold, box = clean(gold), last_boxed(seen)
             extracted = stated(seen) if box is None else box
             correct, why = False, "no answer" if extracted is None else "too long"
@@ -520,11 +522,11 @@ class Grader:
         return verdicts
 
     def readable(self, golds):
-        """Those cleaned golds that an answer can be compared with: with a letter or digit, closed braces, and in time."""
+        """The cleaned golds that can be compared: with a letter or digit, without an open brace, and not too slow."""
         golds = sorted(gold for gold in golds if re.search(r"\w", gold) and gold.count("{") == gold.count("}"))
-        easy = [judge_text(gold, "?") is False for gold in golds]
-        replies = self.threads.map(lambda gold, is_easy: is_easy or self.ask((gold, gold)) in ("right", "wrong"), golds, easy)
-        return {gold for gold, good in zip(golds, replies) if good}
+        hard = [gold for gold in golds if judge_text(gold, "?") is None]
+        replies = self.threads.map(self.ask, zip(hard, hard))
+        return set(golds) - {gold for gold, reply in zip(hard, replies) if reply not in ("right", "wrong")}
 
     def ask(self, question):
         """A worker's reply to (gold, answer): right, wrong, time-out or crash. For (gold,): whether it can be read."""
@@ -532,6 +534,7 @@ class Grader:
             worker = self.running.get(threading.get_ident())
             if worker is None or worker.poll() is not None:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+                pipes["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
                 worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
                 self.running[threading.get_ident()] = worker
             try:
@@ -546,14 +549,15 @@ class Grader:
         return "crash"
 
 
+@functools.lru_cache(1000)  # a group of completions has one gold
 def read(text):
-    r"""math-verify's tree of a cleaned text, not evaluated, a list in order of size. None if it is not as it is written.
+    r"""math-verify's tree of a cleaned text, not evaluated, a list sorted. None if it differs from what is written.
 
     Its parser adds numbers that stand side by side, and works out \gcd: then numbers are missing from the tree.
     """
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify.grader import sort_key
-    from sympy import FiniteSet, Number, Tuple
+    from sympy import FiniteSet, Number, Tuple, nan, zoo
 
     text = re.sub(r"(?<![a-zA-Z\\])i(?![a-zA-Z])", "{I}", text)  # the root of -1
     as_written = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
@@ -562,7 +566,7 @@ def read(text):
     kept = {abs(part) for number in tree.atoms(Number) for part in (number, *number.as_numer_denom())}
     if isinstance(tree, FiniteSet):  # sympy's comparison would forget how often an element stands there
         tree = Tuple(*sorted(tree._unsorted_args, key=sort_key))
-    return tree if kept.issuperset(map(Number, written)) else None
+    return tree if kept.issuperset(map(Number, written)) and not tree.has(nan, zoo) else None
 
 
 def length(tree):
@@ -574,17 +578,19 @@ def length(tree):
 
 
 def work_left(tree):
-    """How much a formula leaves to be done: 2x + 3x becomes shorter, in (x+1)(x+2) sums are multiplied; n(n-1) is done."""
-    from sympy import Expr, expand, preorder_traversal
+    """How much a formula leaves to be done: sympy makes 2x + 3x shorter, (x+1)(x+2) multiplies sums; n(n-1) is done."""
+    from sympy import Expr, cancel, expand, preorder_traversal
     from sympy.concrete.expr_with_limits import ExprWithLimits
 
     if not isinstance(tree, Expr):
         return sum(map(work_left, getattr(tree, "args", tree)))  # a matrix has no args
-    products = [part for part in preorder_traversal(tree) if part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
-                or part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1]
+    left = int(tree.has(ExprWithLimits))
+    for part in preorder_traversal(tree):
+        left += part.is_Add and sum(term.is_rational is True for term in part.args) > 1
+        left += part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
+        left += bool(part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1)
     done = tree.doit()
-    left = length(tree) - min(length(done), length(expand(done)))
-    return max(0, left) + len(products) + tree.has(ExprWithLimits)
+    return left + max(0, length(tree) - min(map(length, (done, expand(done), cancel(done)))))
 
 
 def same(gold, answer):
@@ -626,7 +632,7 @@ def work(deadline, memory_gb):
 
     logging.disable()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    same("1+x", "x+1")  # imports what is needed
+    same(r"\sqrt{3}-\frac{x^{2}}{2}", r"-\frac{x^{2}}{2}+\sqrt{3}")  # imports and prepares what is needed
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     for stream in (1, 2):  # a library's output is not a reply
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

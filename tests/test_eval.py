@@ -210,13 +210,13 @@ def test_hub_out_of_reach():
 
 def test_solutions_and_proofs(tmp_path, capsys):
     """In a column `solution` a number is an answer, a text needs a box; a proof is none, and a long formula is."""
-    rows = [("1+1?", "2"), ("2+2?", "It is four."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8")]
+    rows = [("1+1?", "2"), ("2+2?", "We find 4."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8")]
     path = tmp_path / "solution.jsonl"
     path.write_text("".join(json.dumps({"problem": problem, "solution": text}) + "\n" for problem, text in rows))
     assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8"]
     assert "1 of 4 rows dropped" in (said := capsys.readouterr().out) and "stand in \\boxed{}" in said
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
-    formula = "f(x)=a x+b, where b is an arbitrary integer, and a is an arbitrary positive integer"
+    formula = "f(x)=a x+b, where b is an arbitrary integer, a is an arbitrary positive integer"
     path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
     assert [row["answer"] for row in ev.load_problems(str(path))] == [formula]
 
