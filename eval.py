@@ -784,7 +784,7 @@ FLAGS = (  # name, type, default, help
 def parse_args():
     """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"benchmarks by name:\narithmetic, {', '.join(HUB)}", allow_abbrev=False)
+                                     epilog=f"benchmarks by name: arithmetic,\n{', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
     for name, kind, default, text in FLAGS:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
