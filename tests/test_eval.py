@@ -110,7 +110,7 @@ def test_gold_that_hangs_is_dropped(tmp_path, capsys, monkeypatch):
 
 def test_solution_and_other_columns(tmp_path):
     rows = [{"Problem": "a?", "Solution": "Thus $\\boxed{\\frac34}$."}, {"Problem": "b?", "Solution": "no box"}]
-    assert [row["answer"] for row in ev.load_problems(write(tmp_path / "a.jsonl", rows))] == ["\\frac34"]
+    assert [row["answer"] for row in ev.load_problems(write(tmp_path / "a.jsonl", rows))] == ["\\frac{3}{4}"]
     rows = [{"prompt": [{"role": "user", "content": "a?"}], "reward_model": {"ground_truth": "34", "style": "rule"}}]
     (row,) = ev.load_problems(write(tmp_path / "b.jsonl", rows))
     assert (row["problem"], row["answer"]) == ("a?", "34")
@@ -210,7 +210,7 @@ def test_hub_out_of_reach():
 
 def test_solutions_and_proofs(tmp_path, capsys):
     """In a column `solution` a number is an answer, a text needs a box; a proof is none, and a long formula is."""
-    rows = [("1+1?", "2"), ("2+2?", "It is 4."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8")]
+    rows = [("1+1?", "2"), ("2+2?", "It is four."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8")]
     path = tmp_path / "solution.jsonl"
     path.write_text("".join(json.dumps({"problem": problem, "solution": text}) + "\n" for problem, text in rows))
     assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8"]

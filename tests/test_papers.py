@@ -32,8 +32,8 @@ REWARDS = [[1.0, 0.0, 0.5, 0.2], [1.0, 1.0, 1.0, 1.0], [1.0, 0.3, 0.1, 0.0]]  # 
 NUMBERS = {"gmpo": "2507.20673", "gspo": "2507.18071", "cispo": "2506.13585", "krpo": "2505.07527", "pods": "2504.13818",
            "dynamic_sampling": "2503.14476"}
 CHANGED = {  # the functions that a patch changes; its tests below are about these, and grpo.py's tests about the others
-    "gmpo": {"Args", "policy_loss"}, "gspo": {"Args", "policy_loss"}, "cispo": {"Args", "policy_loss", "check_args"},
-    "krpo": {"group_advantages"}, "pods": {"Args", "max_variance", "train_step", "check_args"}, "dynamic_sampling": {"main"},
+    "gmpo": {"Args", "policy_loss"}, "gspo": {"Args", "policy_loss"}, "cispo": {"Args", "policy_loss", "parse_args"},
+    "krpo": {"group_advantages"}, "pods": {"Args", "max_variance", "train_step", "parse_args"}, "dynamic_sampling": {"main"},
 }
 
 
@@ -316,7 +316,7 @@ def test_step_is_the_papers(paper, alone, float64, name, bounds, budget, monkeyp
     mover = Mover(policy, new.flatten(0, 1))
     norm = types.SimpleNamespace(full_tensor=lambda: torch.ones(()))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: norm)  # the real one is of sharded parameters
-    found = script.train_step(policy, None, mover, args, [[p] for p in range(len(LENGTHS))], completions, torch.tensor(REWARDS))
+    found, _ = script.train_step(policy, None, mover, args, [[p] for p in range(len(LENGTHS))], completions, torch.tensor(REWARDS))
     assert found["loss"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
     for gradient, expected in zip(mover.gradients, wanted):
         torch.testing.assert_close(gradient.view(mask.shape), expected, rtol=1e-8, atol=1e-13)
@@ -326,7 +326,7 @@ def test_step_is_the_papers(paper, alone, float64, name, bounds, budget, monkeyp
         plain = grpo.Args(prompts_per_step=len(LENGTHS), updates_per_batch=2, loss=args.loss,
                           clip_low=min(args.clip_low, 0.99), clip_high=args.clip_high)
         mover = Mover(Table(old.flatten(0, 1).clone()), new.flatten(0, 1))
-        other = grpo.train_step(mover.policy, None, mover, plain, [[p] for p in range(len(LENGTHS))], completions,
+        other, _ = grpo.train_step(mover.policy, None, mover, plain, [[p] for p in range(len(LENGTHS))], completions,
                                 torch.tensor(REWARDS))
         assert abs(other["loss"] - found["loss"]) > 1e-4
 
@@ -448,8 +448,8 @@ def test_dynamic_sampling_fills_the_batch(paper, tmp_path, monkeypatch):
             text = tokenizer.decode(completion.ids, skip_special_tokens=True)
             assert rewards.flatten()[i] == (f"\\boxed{{{answer}}}" in text)
         first = [sample for sample in samples if sample["step"] == row["step"]]
-        assert [sample["problem"] for sample in first] == problems[:1] * 4
-        assert [sample["reward"] for sample in first] == rewards[0].tolist()
+        assert [sample["problem"] for sample in first] == problems[:1]
+        assert [sample["rewards"] for sample in first] == [rewards[0].tolist()]
     assert len(set(asked)) == len(asked)  # no prompt twice
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")  # as if killed before it was there
     assert run_here(script, ["dynamic_sampling.py", "--resume", tmp_path / "run"], monkeypatch) == 0
