@@ -813,8 +813,8 @@ def compare(first, second):
     check(common, f"--compare: {first} and {second} have no finished benchmark in common")
     for file in common:
         rows = [read_file(str(file)), read_file(str(Path(second, file.name)))]
-        same = {row["problem"] for row in rows[0]} == {row["problem"] for row in rows[1]}
-        check(same, f"--compare: {file.name} has other problems in {second}")
+        problems = [list(dict.fromkeys(row["problem"] for row in part)) for part in rows]
+        check(problems[0] == problems[1], f"--compare: {file.name} has other problems, or in another order, in {second}")
         before, after = map(summarize, rows)
         deltas = numpy.subtract(after["means"], before["means"])  # [problems]
         draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))

@@ -511,7 +511,10 @@ def test_compare(tmp_path, monkeypatch, capsys):
     assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.1 * error)
     write(tmp_path / "b" / "math.jsonl", rows(1, 0.5, text="{}+1?"))
     (tmp_path / "empty").mkdir()
-    for other, message in (("b", "math.jsonl has other problems"), ("empty", "no finished benchmark in common"),
+    (tmp_path / "turned").mkdir()
+    turned = [row | {"index": 199 - row["index"]} for row in read_rows(tmp_path / "a" / "math.jsonl")]
+    write(tmp_path / "turned" / "math.jsonl", turned[::-1])
+    for other, message in (("turned", "other problems, or in another order"), ("b", "math.jsonl has other problems"), ("empty", "no finished benchmark in common"),
                            ("nowhere", "no finished benchmark in common")):  # fmt: skip
         with pytest.raises(SystemExit):
             main(monkeypatch, "--compare", tmp_path / "a", tmp_path / other)
