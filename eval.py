@@ -832,6 +832,15 @@ def main():
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
+    names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
+    folder = Path(args.out or os.devnull)
+    files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
+    finished = {name: read_file(str(file)) for name, file in files.items() if file.exists()}
+    for name, rows in finished.items():
+        check(settings.items() <= rows[0].items(), f"{files[name]} has other settings: choose another --out")
+    if args.out:
+        folder.mkdir(parents=True, exist_ok=True)
     import torch
     import torch.distributed as dist
 
@@ -842,25 +851,19 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-    names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
-    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
     say(", ".join(f"{name} {value}" for name, value in settings.items()))
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
     sampler = None
     with Grader() as grader:
-        for name, problems in benchmarks.items():
-            file = Path(args.out or os.devnull, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
-            if file.exists():
-                rows = read_file(str(file))
-                check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
-                result = summarize(rows)
+        for name, file in files.items():
+            if name in finished:
+                result = summarize(finished[name])
             else:
                 if sampler is None:
                     sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-                result = evaluate(sampler, tokenizer, problems, grader, *how)
+                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
                 if args.out and RANK == 0:
-                    file.parent.mkdir(parents=True, exist_ok=True)
                     aside = file.with_suffix(".part")
                     aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
                     aside.rename(file)  # so a file of that name is whole

@@ -459,6 +459,7 @@ def read_rows(path):
 def test_command_line(tmp_path, monkeypatch, capsys):
     """A benchmark and a file, sampled: the table and the rows. Then each is read again, and only the same is."""
     write(tmp_path / "mine.jsonl", [{"question": "1+2+3+4?", "answer": "10", **OWN}])
+    shutil.copy(tmp_path / "mine.jsonl", tmp_path / "other.jsonl")
     monkeypatch.chdir(tmp_path)
     flags = ("--model", TINY, "--limit", 16, "--n", 4, "--seed", 5, "--max_new_tokens", 64, "--out", "out")
     done = run(*flags[:-1], tmp_path / "out")
@@ -479,8 +480,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     mine = read_rows(tmp_path / "out" / "mine.jsonl")
     assert [row["index"] for row in mine] == [0] * 4 and "kind" not in mine[0] and mine[0]["length"] > 0
     for other in (("--seed", 6), ("--system_prompt", "1"), ("--limit", 15), ("--n", 2), ("--temperature", 1)):
-        with pytest.raises(SystemExit):
-            main(monkeypatch, *flags, *other)
+        with pytest.raises(SystemExit):  # before the other benchmark is sampled
+            main(monkeypatch, *flags, *other, "--benchmarks", "other.jsonl,arithmetic")
         assert "arithmetic.jsonl has other settings: choose another --out" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"arithmetic.jsonl", "mine.jsonl"}
 
