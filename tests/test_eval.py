@@ -298,7 +298,7 @@ COLONS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     (LLAMA3, ["<|endoftext|>", "<|header|>", "<|end_header|>", "<|eot|>"], "<|eot|>"),
     (CHATML.replace("<|im_end|>", "\n<|im_end|>"), ["<|endoftext|>", "<|im_end|>"], "<|im_end|>"),
-    (COLONS, ["<|endoftext|>"], None), (None, ["<|endoftext|>"], None)])  # fmt: skip
+    (COLONS, ["<|endoftext|>"], None), (COLONS.replace("\\n\\n", " (end)\\n"), ["<|endoftext|>"], None), (None, ["<|endoftext|>"], None)])  # fmt: skip
 def test_end_of_an_assistants_turn_is_a_stop_token(template, specials, end):
     """Although neither the model's configurations nor the tokenizer call it that; a turn without one adds none."""
     tokenizer = make_tokenizer(template, specials, eos="<|endoftext|>")
@@ -479,9 +479,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out and (tmp_path / "out" / "arithmetic.jsonl").stat().st_mtime_ns == written
     mine = read_rows(tmp_path / "out" / "mine.jsonl")
     assert [row["index"] for row in mine] == [0] * 4 and "kind" not in mine[0] and mine[0]["length"] > 0
-    for other in (("--seed", 6), ("--system_prompt", "1"), ("--limit", 15), ("--n", 2), ("--temperature", 1)):
+    for other in (("--seed", 6, "--benchmarks", "other.jsonl,arithmetic"), ("--system_prompt", "1"), ("--limit", 15),
+                  ("--n", 2), ("--temperature", 1)):  # fmt: skip
         with pytest.raises(SystemExit):  # before the other benchmark is sampled
-            main(monkeypatch, *flags, *other, "--benchmarks", "other.jsonl,arithmetic")
+            main(monkeypatch, *flags, *other)
         assert "arithmetic.jsonl has other settings: choose another --out" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"arithmetic.jsonl", "mine.jsonl"}
 
@@ -575,7 +576,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-@pytest.mark.parametrize("variables", ["WORLD_SIZE", "RANK", "RANK WORLD_SIZE", "MASTER_ADDR WORLD_SIZE"])
+@pytest.mark.parametrize("variables", ["WORLD_SIZE", "RANK", "RANK WORLD_SIZE", "MASTER_ADDR WORLD_SIZE",
+                                       "MASTER_ADDR RANK"])
 def test_variables_of_ranks_belong_together(variables):
     """What some other launcher left in the environment does not make a part of an evaluation of this one."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval; print(eval.RANK, eval.WORLD); eval.say('heard')"
