@@ -218,7 +218,7 @@ def test_solutions_and_proofs(tmp_path, capsys):
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
     formula = "f(x)=a x+b, where b is an arbitrary integer, and a is an arbitrary positive integer"
     path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
-    assert [row["answer"] for row in ev.load_problems(str(path))] == [formula]
+    assert [row["answer"] for row in ev.load_problems(str(path))] == [ev.clean(formula)]
 
 
 # ---- Prompts ----
@@ -298,7 +298,8 @@ COLONS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     (LLAMA3, ["<|endoftext|>", "<|header|>", "<|end_header|>", "<|eot|>"], "<|eot|>"),
     (CHATML.replace("<|im_end|>", "\n<|im_end|>"), ["<|endoftext|>", "<|im_end|>"], "<|im_end|>"),
-    (COLONS, ["<|endoftext|>"], None), (COLONS.replace("\\n\\n", " (end)\\n"), ["<|endoftext|>"], None), (None, ["<|endoftext|>"], None)])  # fmt: skip
+    (COLONS, ["<|endoftext|>"], None), (COLONS.replace("\n\n", " (end)\n"), ["<|endoftext|>"], None),
+    (None, ["<|endoftext|>"], None)])  # fmt: skip
 def test_end_of_an_assistants_turn_is_a_stop_token(template, specials, end):
     """Although neither the model's configurations nor the tokenizer call it that; a turn without one adds none."""
     tokenizer = make_tokenizer(template, specials, eos="<|endoftext|>")
