@@ -790,7 +790,7 @@ FLAGS = (  # name, type, default, help
 def parse_args():
     """The command line, checked as far as that needs neither data nor a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"benchmarks by name:\narithmetic, {', '.join(HUB)}", allow_abbrev=False)
+                                     epilog=f"benchmarks by name: arithmetic,\n{', '.join(HUB)}", allow_abbrev=False)
     parser.error = fail
     for name, kind, default, text in FLAGS:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
@@ -819,8 +819,8 @@ def compare(first, second):
     check(common, f"--compare: {first} and {second} have no finished benchmark in common")
     for file in common:
         rows = [read_file(str(file)), read_file(str(Path(second, file.name)))]
-        same = {row["problem"] for row in rows[0]} == {row["problem"] for row in rows[1]}
-        check(same, f"--compare: {file.name} has other problems in {second}")
+        problems = [list(dict.fromkeys(row["problem"] for row in part)) for part in rows]
+        check(problems[0] == problems[1], f"--compare: {file.name} has other problems, or in another order, in {second}")
         before, after = map(summarize, rows)
         deltas = numpy.subtract(after["means"], before["means"])  # [problems]
         draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
@@ -838,6 +838,15 @@ def main():
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
+    names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
+    folder = Path(args.out or os.devnull)
+    files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
+    finished = {name: read_file(str(file)) for name, file in files.items() if file.exists()}
+    for name, rows in finished.items():
+        check(settings.items() <= rows[0].items(), f"{files[name]} has other settings: choose another --out")
+    if args.out:
+        folder.mkdir(parents=True, exist_ok=True)
     import torch
     import torch.distributed as dist
 
@@ -848,25 +857,19 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-    names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
-    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
     say(", ".join(f"{name} {value}" for name, value in settings.items()))
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
     sampler = None
     with Grader() as grader:
-        for name, problems in benchmarks.items():
-            file = Path(args.out or os.devnull, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
-            if file.exists():
-                rows = read_file(str(file))
-                check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
-                result = summarize(rows)
+        for name, file in files.items():
+            if name in finished:
+                result = summarize(finished[name])
             else:
                 if sampler is None:
                     sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-                result = evaluate(sampler, tokenizer, problems, grader, *how)
+                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
                 if args.out and RANK == 0:
-                    file.parent.mkdir(parents=True, exist_ok=True)
                     aside = file.with_suffix(".part")
                     aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
                     aside.rename(file)  # so a file of that name is whole

@@ -218,7 +218,7 @@ def test_solutions_and_proofs(tmp_path, capsys):
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
     formula = "f(x)=a x+b, where b is an arbitrary integer, a is an arbitrary positive integer"
     path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
-    assert [row["answer"] for row in ev.load_problems(str(path))] == [formula]
+    assert [row["answer"] for row in ev.load_problems(str(path))] == [ev.clean(formula)]
 
 
 # ---- Prompts ----
@@ -298,7 +298,8 @@ COLONS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     (LLAMA3, ["<|endoftext|>", "<|header|>", "<|end_header|>", "<|eot|>"], "<|eot|>"),
     (CHATML.replace("<|im_end|>", "\n<|im_end|>"), ["<|endoftext|>", "<|im_end|>"], "<|im_end|>"),
-    (COLONS, ["<|endoftext|>"], None), (None, ["<|endoftext|>"], None)])  # fmt: skip
+    (COLONS, ["<|endoftext|>"], None), (COLONS.replace("\n\n", " (end)\n"), ["<|endoftext|>"], None),
+    (None, ["<|endoftext|>"], None)])  # fmt: skip
 def test_end_of_an_assistants_turn_is_a_stop_token(template, specials, end):
     """Although neither the model's configurations nor the tokenizer call it that; a turn without one adds none."""
     tokenizer = make_tokenizer(template, specials, eos="<|endoftext|>")
@@ -459,6 +460,7 @@ def read_rows(path):
 def test_command_line(tmp_path, monkeypatch, capsys):
     """A benchmark and a file, sampled: the table and the rows. Then each is read again, and only the same is."""
     write(tmp_path / "mine.jsonl", [{"question": "1+2+3+4?", "answer": "10", **OWN}])
+    shutil.copy(tmp_path / "mine.jsonl", tmp_path / "other.jsonl")
     monkeypatch.chdir(tmp_path)
     flags = ("--model", TINY, "--limit", 16, "--n", 4, "--seed", 5, "--max_new_tokens", 64, "--out", "out")
     done = run(*flags[:-1], tmp_path / "out")
@@ -478,8 +480,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out and (tmp_path / "out" / "arithmetic.jsonl").stat().st_mtime_ns == written
     mine = read_rows(tmp_path / "out" / "mine.jsonl")
     assert [row["index"] for row in mine] == [0] * 4 and "kind" not in mine[0] and mine[0]["length"] > 0
-    for other in (("--seed", 6), ("--system_prompt", "1"), ("--limit", 15), ("--n", 2), ("--temperature", 1)):
-        with pytest.raises(SystemExit):
+    for other in (("--seed", 6, "--benchmarks", "other.jsonl,arithmetic"), ("--system_prompt", "1"), ("--limit", 15),
+                  ("--n", 2), ("--temperature", 1)):  # fmt: skip
+        with pytest.raises(SystemExit):  # before the other benchmark is sampled
             main(monkeypatch, *flags, *other)
         assert "arithmetic.jsonl has other settings: choose another --out" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"arithmetic.jsonl", "mine.jsonl"}
@@ -511,7 +514,10 @@ def test_compare(tmp_path, monkeypatch, capsys):
     assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.1 * error)
     write(tmp_path / "b" / "math.jsonl", rows(1, 0.5, text="{}+1?"))
     (tmp_path / "empty").mkdir()
-    for other, message in (("b", "math.jsonl has other problems"), ("empty", "no finished benchmark in common"),
+    (tmp_path / "turned").mkdir()
+    turned = [row | {"index": 199 - row["index"]} for row in read_rows(tmp_path / "a" / "math.jsonl")]
+    write(tmp_path / "turned" / "math.jsonl", turned[::-1])
+    for other, message in (("turned", "other problems, or in another order"), ("b", "math.jsonl has other problems"), ("empty", "no finished benchmark in common"),
                            ("nowhere", "no finished benchmark in common")):  # fmt: skip
         with pytest.raises(SystemExit):
             main(monkeypatch, "--compare", tmp_path / "a", tmp_path / other)
@@ -571,7 +577,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-@pytest.mark.parametrize("variables", ["WORLD_SIZE", "RANK", "RANK WORLD_SIZE", "MASTER_ADDR WORLD_SIZE"])
+@pytest.mark.parametrize("variables", ["WORLD_SIZE", "RANK", "RANK WORLD_SIZE", "MASTER_ADDR WORLD_SIZE",
+                                       "MASTER_ADDR RANK"])
 def test_variables_of_ranks_belong_together(variables):
     """What some other launcher left in the environment does not make a part of an evaluation of this one."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval; print(eval.RANK, eval.WORLD); eval.say('heard')"
