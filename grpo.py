@@ -57,8 +57,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from eval import Grader, check, evaluate, fail, load_prompts, load_tokenizer, say, stop_tokens
 
 SCRIPT = Path(__file__).stem
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # torchrun sets all; one alone means nothing
+RANK, WORLD = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if LAUNCHED else [0, 1]
 flag = lambda default, help: field(default=default, metadata={"help": help})  # noqa: E731
 
 
@@ -521,7 +521,7 @@ def join_ranks(timeout_minutes):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {} if LAUNCHED else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
     return device
