@@ -16,7 +16,7 @@ Paper: GRPO-λ (arXiv 2510.00194, Parthasarathi, Reymond, Chen, Cui, Chandar). �
 Differences from grpo.py: trace, trace_weights; policy_loss traces the ratio or weighs the terms; advantages below -0.1
 are raised to it (paper). At π = π_old both variants have the same gradient, but for the importance weights: the first
 token counts |o_i| times (both), or up to 1/(1-γλ) times (recent). Off-policy, a traced ratio is clipped sooner.
-Deviations: we had third-party descriptions of the paper, not its text. ε-weight (the same double sum in the other order)
+Deviations: we had third-party descriptions of the paper, not its text. ε-weight (the same double sum in another order)
 and γ = 1 are our reading. The KL term and the importance weights are not traced. Nothing is renormalized: gradients are
 tens of times GRPO's, so --max_grad_norm matters. With λ = 0, recent and no clamp, this is grpo.py.
 

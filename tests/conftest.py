@@ -29,13 +29,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also the tests marked long: whole runs, kills, clusters (minutes)")
-    parser.addoption("--variant", metavar="SCRIPT", help="only test_variant.py, on a script of your own")
+    parser.addoption("--script", metavar="SCRIPT", help="only test_variant.py, on a script of your own")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With --variant all but its file, without it that file."""
+    """With --script all but its file, without it that file."""
     if collection_path.name.startswith("test_"):
-        return (collection_path.name == "test_variant.py") != bool(config.option.variant) or None
+        return (collection_path.name == "test_variant.py") != bool(config.option.script) or None
 
 
 def pytest_configure(config):

@@ -156,3 +156,67 @@ def test_first_update_is_the_policy_gradient():
     loss.backward()
     assert abs(loss.item()) < 1e-12
     torch.testing.assert_close(logp.grad, -weights * advantages[:, None])
+
+
+# The promise above section 2 of the scripts, for those who copy the functions ---------------------------------------------
+
+
+def test_a_dropped_completion_has_no_weight(script):
+    """A row of zeros in the mask: no NaN anywhere, and the other rows keep their weights."""
+    mask = torch.tensor([[[1, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]])
+    for loss in ("grpo", "dapo", "dr_grpo"):
+        weights = script.token_weights(mask, loss, max_new_tokens=3)
+        assert weights.isfinite().all() and weights[0, 0, :2].gt(0).all() and weights.sum() == weights[0, 0].sum()
+        zero = torch.zeros(4, 3)
+        loss, _ = script.policy_loss(zero, zero, torch.ones(4), weights.flatten(0, 1))
+        assert loss.isfinite()
+
+
+def test_advantages_of_rows_or_of_tokens(script):
+    """[B], [B, 1] and [B, T] mean the same; another shape is refused, not broadcast."""
+    generator = torch.Generator().manual_seed(0)
+    logp, old = torch.rand(2, 4, 5, generator=generator).sub(1)
+    advantages, weights = torch.tensor([1.0, -1.0, 2.0, 0.5]), torch.full((4, 5), 0.05)
+    losses = [script.policy_loss(logp, old, given, weights)[0] for given in
+              (advantages, advantages[:, None], advantages[:, None].expand(4, 5).contiguous())]
+    assert losses[0] == losses[1] == losses[2]
+    for given in (torch.ones(5), torch.ones(4, 3)):
+        with pytest.raises(RuntimeError):
+            script.policy_loss(logp, old, given, weights)
+
+
+def test_types_in_and_out(script):
+    """Integers become float32, float64 stays float64; the default dtype of torch does not have to be changed."""
+    torch.set_default_dtype(torch.float32)
+    rewards, mask = torch.tensor([[1, 0, 0, 1]]), torch.ones(1, 4, 3)
+    assert script.group_advantages(rewards).dtype == torch.float32
+    assert script.group_advantages(rewards.double()).dtype == torch.float64
+    assert script.group_advantages(rewards.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(script.group_advantages(rewards), script.group_advantages(rewards.float()))
+    assert script.token_weights(mask.long()).dtype == torch.float32 and script.token_weights(mask.double()).dtype == torch.float64
+
+
+def test_unknown_names_are_refused(script):
+    mask = torch.ones(1, 2, 3)
+    with pytest.raises(ValueError, match="DAPO"):
+        script.token_weights(mask, loss="DAPO", max_new_tokens=3)
+    if hasattr(script, "trace"):
+        for wrong in ({"style": "Recent"}, {"variant": "Weight"}):
+            with pytest.raises(AssertionError, match="unknown"):
+                script.policy_loss(mask[0], mask[0], torch.ones(2), mask[0], **wrong)
+
+
+def test_without_autograd(script):
+    with torch.inference_mode():
+        ones = torch.ones(2, 3)
+        assert script.policy_loss(ones, ones, torch.ones(2), ones)[0].isfinite()
+
+
+@pytest.mark.parametrize("distance", [50.0, 100.0])
+def test_a_reference_far_away(script, distance):
+    """The KL term is bounded as the ratio is: e^100 is no float32."""
+    torch.set_default_dtype(torch.float32)
+    logp = torch.zeros(1, 2, requires_grad=True)
+    loss, _ = script.policy_loss(logp, torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2), ref_logp=torch.full((1, 2), distance), beta=0.1)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert 0 < loss < 1e9 and gradient.isfinite().all()

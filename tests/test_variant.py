@@ -1,6 +1,6 @@
 """A variant of your own: is it grpo.py outside its idea, and right in what every method has to be right in?
 
-    python -m pytest -q tests --variant gmpo.py
+    python -m pytest -q tests --script gmpo.py
 
 Runs these tests alone, on a script that began as a copy of grpo.py. What the paper's formula says is still to be tested
 by a loop of your own, in float64: test_papers.py has examples.
@@ -20,7 +20,7 @@ from test_drift import first_difference
 
 @pytest.fixture
 def path(request):
-    path = Path(request.config.option.variant).resolve()
+    path = Path(request.config.option.script).resolve()
     sys.path.insert(0, str(path.parent))
     return path
 

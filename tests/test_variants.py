@@ -69,6 +69,14 @@ def test_trace_is_the_double_sum(length, decay, style):
     close(traces.trace_weights(mask, decay, style), expected)
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_trace_weights_of_a_mask_with_holes(style, decay):
+    """Also where tokens within a completion do not count: the transpose of the trace, applied to the mask."""
+    mask = (torch.rand(6, 23, generator=torch.Generator().manual_seed(0)) < 0.6).to(torch.get_default_dtype())
+    close(traces.trace_weights(mask, decay, style), (mask @ trace_matrix(23, decay, style)) * mask)
+
+
 def test_trace_examples():
     x = torch.ones(1, 3)
     close(traces.trace(x, 0.5, "recent"), torch.tensor([[1, 1.5, 1.75]]))
