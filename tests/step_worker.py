@@ -18,6 +18,7 @@ import transformers
 TINY = Path(__file__).with_name("tiny")
 
 PROMPTS, GROUP = 6, 4
+IDLE = {"equal": PROMPTS // 2}  # equal rewards in the first half of the prompts: one of two ranks has nothing to train on
 SEVERAL = {"updates_per_batch": 3, "lr": 3e-5, "clip_low": 0.002, "clip_high": 0.002}  # so that the clip acts
 VARIANTS = {
     "grpo": {
@@ -26,10 +27,14 @@ VARIANTS = {
         "dr_grpo": {"loss": "dr_grpo"},
         "clip": {"loss": "grpo", **SEVERAL},
         "beta": {"loss": "dapo", "updates_per_batch": 2, "beta": 0.1, "lr": 3e-5},
+        "idle": IDLE,
+        "equal": {"equal": PROMPTS},
     },
-    "grpo_lambda_traces": {"trace": {}, "weight": {"variant": "weight", "style": "recent"}, "clip": {"style": "recent", **SEVERAL}},
-    "lambda_grpo_learnable": {"lam": {"lam_init": 0.5}, "clip": {"lam_init": -0.5, **SEVERAL}},
-    "lambda_grpo_prm": {"prm": {}, "clip": SEVERAL, "beta": {"updates_per_batch": 2, "beta": 0.1, "lr": 3e-5}},
+    "grpo_lambda_traces": {"trace": {}, "weight": {"variant": "weight", "style": "recent"}, "clip": {"style": "recent", **SEVERAL},
+                           "idle": IDLE},
+    "lambda_grpo_learnable": {"lam": {"lam_init": 0.5}, "clip": {"lam_init": -0.5, **SEVERAL}, "idle": {"lam_init": 0.5, **IDLE},
+                              "equal": {"equal": PROMPTS}},
+    "lambda_grpo_prm": {"prm": {}, "clip": SEVERAL, "idle": IDLE, "beta": {"updates_per_batch": 2, "beta": 0.1, "lr": 3e-5}},
     # The papers: test_papers.py puts their scripts into PYTHONPATH
     "gmpo": {"clip": SEVERAL},
     "gspo": {"clip": {**SEVERAL, "clip_low": 2e-4, "clip_high": 2e-4}},
@@ -39,12 +44,16 @@ VARIANTS = {
 }
 
 
-@functools.lru_cache
+@functools.cache
+def tiny():
+    return transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+
+
+@functools.cache
 def logps_of(prompt, ids):
     """Log-probabilities of a completion's tokens by the tiny model's full logits: what an honest sampler reports."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     with torch.no_grad():
-        logp = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logp = tiny()(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return logp.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1).tolist()
 
 
@@ -83,18 +92,18 @@ def train(script, steps=1, shared_prefixes=True, equal=0, **changes):
         policy.register_buffer("lam", torch.tensor(args.lam_init))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     for _ in range(steps):
-        metrics, _ = script.train_step(
+        metrics, advantages = script.train_step(
             policy, reference, optimizer, args, prompts[mine],
             completions[rank * share * GROUP : (rank + 1) * share * GROUP], rewards[mine],
         )
+    assert advantages.shape == (share, GROUP)
     return metrics, {key: tensor.clone() for key, tensor in script.full_weights(policy, torch.float32)}
 
 
 def run_case(case):
     """What train returns for script/variant:micro_batch_tokens."""
     name, variant, budget = case.replace("/", ":").split(":")
-    rare = {"own": {}, "equal_half": {"equal": PROMPTS // 2}, "equal": {"equal": PROMPTS}}  # own: a script's defaults
-    flags = {**VARIANTS[name], **rare}[variant] if name in VARIANTS else rare[variant]
+    flags = VARIANTS[name][variant] if variant != "own" else {}  # of test_variant.py: a script's own defaults
     return train(importlib.import_module(name), micro_batch_tokens=int(budget), **flags)
 
 
