@@ -50,7 +50,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # check and fail end the program with one line of error; say prints on rank 0
@@ -509,10 +509,10 @@ class Policy(torch.nn.Module):
 
 def load_policy(args, device, trainable=True):
     """The sharded policy: fp32 weights (a rank maps the files, and only its own shards become fp32), bf16 on GPUs."""
+    check(not hasattr(AutoConfig.from_pretrained(args.model), "quantization_config"), "cannot train a quantized model")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True)
     hybrid = model._is_stateful or "conv" in (getattr(model.config, "layer_types", None) or ())
-    bad = hybrid or hasattr(model.config, "quantization_config")
-    check(not bad, "this model cannot be trained here: it is quantized, or has layers without attention (Mamba)")
+    check(not hybrid, "cannot train a model that has layers without attention, like Mamba")
     policy = Policy(model.eval(), args.temperature).requires_grad_(trainable)  # eval: no dropout
     with torch.no_grad():
         hidden, logits = model.base_model(torch.tensor([[1, 2]]))[0], model(torch.tensor([[1, 2]])).logits

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, TINY, launch, metrics, on_a_terminal
 
 KEYS = """step reward zero_variance length truncated loss entropy kl clip_fraction grad_norm lr tis_mean tis_capped logp_diff
@@ -85,10 +86,12 @@ def bad_inputs(tmp_path, script):
         if not file.name.endswith("safetensors"):
             shutil.copy(file, tmp_path / "no_weights")
     for name, changes in (("other_script", {"script": "another"}), ("own", {}), ("finished", {"steps": 20}),
-                          ("older", {"no_longer_a_flag": 1})):
+                          ("older", {"no_longer_a_flag": 1}), ("newer", {})):
         (tmp_path / name / "checkpoints" / "step_25").mkdir(parents=True)
         own = {**vars(script.Args(**script.TOY)), "script": script.SCRIPT, "steps": 30, **changes}
+        own.pop("seed" if name == "newer" else None, None)
         (tmp_path / name / "args.json").write_text(json.dumps(own))
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     return {
         "unknown flag": (["--no_such_flag", "1"], "--no_such_flag"),
         "unknown data set": (["--dataset", "no_such_data"], "gsm8k"),
@@ -98,7 +101,7 @@ def bad_inputs(tmp_path, script):
         "folder without weights": (["--model", str(tmp_path / "no_weights")], "safetensors"),
         "a file for a model": (["--model", data("model.gguf", "GGUF")], "model.gguf"),
         "a context too short": (["--max_new_tokens", "250"], "longer than 6 tokens"),
-        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "1 without a token"),
+        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "1 skipped (empty"),
         "a solution without a box": (["--dataset", data("solution.jsonl", '{"problem": "1+1?", "solution": "It is two."}\n')], "box"),
         "missing data": (["--dataset", str(tmp_path / "none.jsonl")], "none.jsonl"),
         "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
@@ -124,11 +127,14 @@ def bad_inputs(tmp_path, script):
         "resume another script": (["--resume", str(tmp_path / "other_script")], "another script, version or model"),
         "resume another model": (["--resume", str(tmp_path / "own"), "--model", "some/model"], "another script, version or model"),
         "resume an older version": (["--resume", str(tmp_path / "older")], "another script, version or model"),
+        "resume a version that lacks a flag": (["--resume", str(tmp_path / "newer")], "another script, version or model"),
         "resume with another seed": (["--resume", str(tmp_path / "own"), "--seed", "5"], "seed cannot change"),
         "resume with other data": (["--resume", str(tmp_path / "own"), "--dataset", "gsm8k"], "dataset cannot change"),
+        "resume with another batch": (["--resume", str(tmp_path / "own"), "--group_size", "4"], "group_size cannot change"),
         "resume a finished run": (["--resume", str(tmp_path / "finished")], "--steps"),
         "resume and output_dir": (["--resume", str(tmp_path / "own"), "--output_dir", "x"], "leave --output_dir out"),
         "folder of another run": (["--output_dir", str(tmp_path / "own")], "holds a run"),
+        "folder of a run that has just begun": (["--output_dir", str(tmp_path / "begun")], "holds a run"),
     }
 
 
@@ -369,6 +375,21 @@ def test_copied_elsewhere(first_script, tmp_path):
         assert done.returncode == 0 and "arithmetic" in done.stdout, done.stderr[-3000:]
 
 
+def test_flags_of_a_resumed_run(tmp_path, monkeypatch, capsys):
+    """Those that do not change the past may change; they are printed, and args.json stays what it was."""
+    grpo, run = importlib.import_module("grpo"), tmp_path / "run"
+    assert run_here(grpo, quick("grpo", run, 1), monkeypatch) == 0
+    before = (run / "args.json").read_bytes()
+    for steps, flags, changed in ((2, ["--lr", 0.001, "--beta", 0.1], {"steps", "lr", "beta"}), (3, ["--seed", 0], {"steps"})):
+        capsys.readouterr()
+        assert run_here(grpo, ["grpo.py", "--resume", run, "--steps", steps, *flags], monkeypatch) == 0
+        said = capsys.readouterr().out
+        assert f"steps {steps} to {steps}" in said
+        assert set(said.partition("changed since the run began: ")[2].partition("\n")[0].split(", ")) == changed
+    assert (run / "args.json").read_bytes() == before
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("wrong, rewards", [
     ("None", lambda texts: [None] * len(texts)), ("NaN", lambda texts: [math.nan] * len(texts)),
     ("too few", lambda texts: [1.0]), ("infinite", lambda texts: [math.inf] * len(texts)),
@@ -392,7 +413,7 @@ def test_two_runs_in_one_new_folder(tmp_path, monkeypatch, alone):
     assert grpo.open_run(grpo.Args(**grpo.TOY), 0) != run
 
 
-@pytest.mark.parametrize("kind", ["mamba", "lfm2", "quantized"])
+@pytest.mark.parametrize("kind", ["mamba", "lfm2", "gguf", "fp8"])
 def test_models_that_cannot_be_trained(tmp_path, monkeypatch, capsys, kind):
     """One line before the run's folder is made."""
     import transformers
@@ -406,25 +427,26 @@ def test_models_that_cannot_be_trained(tmp_path, monkeypatch, capsys, kind):
                                          layer_types=["conv", "full_attention"])
     else:
         config = transformers.AutoConfig.from_pretrained(TINY)
+    torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    if kind == "quantized":  # as from_config leaves it, of a checkpoint that was quantized
-        model.config.quantization_config = {"quant_method": "gguf"}
-    folder = tmp_path / "model"
-    torch_save = __import__("safetensors.torch").torch.save_file
-    folder.mkdir()
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    torch_save(weights, folder / "model.safetensors", {"format": "pt"})
-    model.config.save_pretrained(folder)
+    model.save_pretrained(folder := tmp_path / "model")
+    if kind in ("gguf", "fp8"):  # as from_config leaves it, of a checkpoint that was quantized
+        text = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**text, "quantization_config": {"quant_method": kind}}))
     tokenizer.save_pretrained(folder)
     grpo = importlib.import_module("grpo")
     arguments = quick("grpo", tmp_path / "run", 1, "--model", folder, "--dataset", "arithmetic", "--max_new_tokens", 20)
     assert run_here(grpo, arguments, monkeypatch) == 2
-    assert "this model" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+    assert "cannot train a" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
-def test_world_size_without_rank(tmp_path):
-    """It means nothing: torchrun sets both."""
-    done = launch([*quick("grpo", tmp_path / "run", 1)], WORLD_SIZE="2")
+@pytest.mark.parametrize("name, left", [
+    ("grpo.py", {"WORLD_SIZE": "2"}), *(pytest.param(f"{name}.py", left, marks=pytest.mark.long) for name in SCRIPTS for left in (
+        {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"})),
+])
+def test_half_an_environment_of_torchrun(name, left, tmp_path):
+    """It means nothing: torchrun sets them all."""
+    done = launch([name, *quick("", tmp_path / "run", 1)[1:]], **left)
     assert done.returncode == 0 and "1 x cpu" in done.stdout, done.stderr[-2000:]
 
 
@@ -454,6 +476,6 @@ def test_two_ranks_from_the_shell(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]
     shutil.rmtree(run / "final")  # as if killed at the very end: resumed, the finished run writes it again
-    done = launch(["grpo.py", "--resume", run])
+    done = launch(["grpo.py", "--resume", run, "--steps", 3])  # args.json keeps the run's first flags: 2 steps
     assert done.returncode == 0 and (run / "final" / "model.safetensors").exists()
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]

@@ -22,6 +22,11 @@ def save(model, folder):
     return argparse.Namespace(model=str(folder), max_new_tokens=40, top_p=1.0)
 
 
+def ends_with(token):
+    """As much of a tokenizer as a sampler looks at."""
+    return SimpleNamespace(eos_token_id=token, chat_template=None)
+
+
 def prompts_of(*lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, 301, (length,), generator=generator).tolist() for length in lengths]
@@ -31,10 +36,10 @@ def prompts_of(*lengths, seed=0):
 def test_greedy_is_generates(name, tmp_path):
     """Token for token, from prompts of unequal length, with rows that stop early, and past a sliding window of 16 tokens."""
     args, prompts = save(make(name), tmp_path), prompts_of(1, 7, 30, 12, 3)
-    never = SimpleNamespace(eos_token_id=None, chat_template=None)
+    never = ends_with(None)
     longest = grpo.HFSampler(args, never, CPU)(prompts, 1, 0, 0.0)
     assert all(len(completion.ids) == 40 and completion.finish == "length" for completion in longest)
-    stops = SimpleNamespace(eos_token_id=longest[1].ids[5], chat_template=None)  # ends one after at most 6 tokens, and some others, perhaps
+    stops = ends_with(longest[1].ids[5])  # ends one after at most 6 tokens, and some others, perhaps
     for tokenizer in (never, stops):
         ours = grpo.HFSampler(args, tokenizer, CPU)(prompts, 1, 0, 0.0)
         theirs = evaluation.hf_sampler(args, tokenizer, CPU)(prompts, 1, 0, 0.0)
@@ -53,9 +58,8 @@ def expected_logps(model, prompt, ids, temperature):
 def test_log_probabilities(name, tmp_path):
     model = make(name)
     prompts = prompts_of(2, 25, 9)
-    for completion, prompt in zip(grpo.HFSampler(save(model, tmp_path), SimpleNamespace(eos_token_id=7, chat_template=None), CPU)(
-        prompts, 1, 5, 0.7,
-    ), prompts, strict=True):
+    completions = grpo.HFSampler(save(model, tmp_path), ends_with(7), CPU)(prompts, 1, 5, 0.7)
+    for completion, prompt in zip(completions, prompts, strict=True):
         logps = expected_logps(model, prompt, completion.ids, 0.7)
         told = torch.tensor(completion.logps, dtype=torch.float64)
         torch.testing.assert_close(told, logps[range(len(told)), completion.ids], rtol=1e-4, atol=1e-4)
@@ -78,7 +82,7 @@ def test_samples_are_distributed_as_the_softmax(temperature, tmp_path):
     model.lm_head.weight.data *= 1.5  # entropies of 4 and 5 nats at these temperatures
     args = save(model, tmp_path)
     args.max_new_tokens = 2
-    drawn = np.array([c.ids for c in grpo.HFSampler(args, SimpleNamespace(eos_token_id=None, chat_template=None), CPU)([prompt], 6000, 3, temperature)])
+    drawn = np.array([c.ids for c in grpo.HFSampler(args, ends_with(None), CPU)([prompt], 6000, 3, temperature)])
     common = np.bincount(drawn[:, 0]).argmax()
     for tokens, text in ((drawn[:, 0], prompt), (drawn[drawn[:, 0] == common, 1], [*prompt, int(common)])):
         probabilities = expected_logps(model, text, [0], temperature)[0].exp().numpy()
@@ -93,7 +97,7 @@ def test_a_large_vocabulary_keeps_its_tail(tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**{**SMALL, "vocab_size": 200_000}))
     args = save(model.float(), tmp_path)
     args.max_new_tokens = 1
-    for k, completion in enumerate(grpo.HFSampler(args, SimpleNamespace(eos_token_id=None, chat_template=None), CPU)([[1, 2]], 20, 9, 1.0)):
+    for k, completion in enumerate(grpo.HFSampler(args, ends_with(None), CPU)([[1, 2]], 20, 9, 1.0)):
         below = expected_logps(model, [1, 2], [0], 1.0)[0].exp().numpy().astype(np.longdouble).cumsum()
         expected = np.searchsorted(below, np.random.default_rng((9, k)).random(1)[0] * below[-1])
         assert abs(completion.ids[0] - expected) <= 1
@@ -119,4 +123,4 @@ def test_stop_tokens(tmp_path):
     """The model's and the tokenizer's; test_eval.py has the chat templates'."""
     for own, other, expected in ((5, 7, [5, 7]), ([3, 5], 5, [3, 5]), (None, 2, [2]), (None, None, [-1])):
         transformers.GenerationConfig(eos_token_id=own).save_pretrained(tmp_path)
-        assert evaluation.stop_tokens(tmp_path, SimpleNamespace(eos_token_id=other, chat_template=None)) == expected
+        assert evaluation.stop_tokens(tmp_path, ends_with(other)) == expected
