@@ -3,27 +3,24 @@
     python tests/measure/credit.py                          README's picture, tests/measure/credit.png
     python tests/measure/credit.py --run runs/X --step 5    the group that a run kept at this step, and GRPO beside it
 
-The color of a token is its coefficient c in the policy gradient ∇J = Σ_i Σ_t c[i,t] · ∇log π(o[i,t]) at ratio 1: minus the
-gradient of the script's policy_loss with respect to logp, with the script's own advantages and weights. It leaves out the
-KL term and the sampler's importance weights, which are near 1. The six answers are from 8192 of the model in tests/tiny,
-chosen so that half are right and they part at two places. Caption:
+The color of a token is its coefficient c in the policy gradient ∇J = Σ_i Σ_t c[i,t] · ∇log π(o[i,t]) at ratio 1. It is
+minus the gradient of the script's policy_loss with respect to logp, for the script's own advantages and weights, without
+the KL term and the sampler's importance weights, which are near 1. The six answers are among 8192 samples of the model in
+tests/tiny, chosen so that half are right and they part at two places. README's caption:
 
-    Each box is a token of six answers to 6+11+5+3?; blue tokens are made more likely and red ones less likely, and full
-    color is the largest coefficient of ∇log π in that panel. GRPO divides by the length of an answer, so it pushes the
-    tokens of short answers hardest, and DAPO pushes all tokens alike. GRPO-λ passes credit back to early tokens and
-    almost ignores wrong answers, learnable λ-GRPO prefers long answers where they win (λ = 5 makes that visible; on
-    this task it learns 0.1), and λ-GRPO as a process reward model counts a shared beginning only once.
+    Each box is a token of an answer to 6+11+5+3?, blue if the method makes it more likely and red if less likely; full
+    color is the largest coefficient of ∇log π in a panel. GRPO divides by the length of an answer, so it pushes the
+    tokens of short answers hardest, while DAPO pushes all tokens alike. GRPO-λ passes credit back to early tokens and
+    almost ignores wrong answers, learnable λ-GRPO prefers long answers where they win (λ = 5 makes this visible; in the
+    toy it learns 0.1), and λ-GRPO as a process reward model counts a shared beginning only once.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import re
 import sys
-import textwrap
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -82,28 +79,26 @@ def example():
         command = f"{script}.py" + "".join(f" --{flag} {value}" for flag, value in flags.items())
         panels.append((name, idea, command, coefficients(script, args, ids, REWARDS)))
     pieces = [tokenizer.batch_decode([[token] for token in row]) for row in ids]
-    return {"problem": PROBLEM, "pieces": pieces, "rewards": REWARDS}, panels
+    return {"problem": PROBLEM, "rewards": REWARDS, "ids": ids, "pieces": pieces}, panels
 
 
 def group_of_run(run, step):
     """The row of a step (default: the last) in a run's samples.jsonl, and the panels of its method and of GRPO."""
     try:
-        args = SimpleNamespace(**json.loads((run / "args.json").read_text()))
+        args = argparse.Namespace(**json.loads((run / "args.json").read_text()))
         samples, metrics = ({row["step"]: row for row in map(json.loads, (run / name).read_text().splitlines())}
                             for name in ("samples.jsonl", "metrics.jsonl"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         fail(f"{run} is not the folder of a run: {error}")
-    check(samples, f"{run} has not finished a step yet")
-    step = max(samples) if step is None else step
-    check(step in samples, f"{run} has no step {step}, only steps {min(samples)} to {max(samples)}")
-    row = samples[step]
+    row = samples.get(max(samples, default=1) if step is None else step)
+    check(row, f"{run} does not have step {step}, only {len(samples)} steps in samples.jsonl")
     check({"ids", "pieces", "advantages"} <= row.keys(), f"{run}/samples.jsonl has an old format, without tokens: train again")
     check((ROOT / f"{args.script}.py").exists(), f"{run} was made by {args.script}.py, which is not in {ROOT}")
     loss = getattr(args, "loss", None)
-    lam = metrics.get(step - 1, {}).get("lam", getattr(args, "lam_init", None))  # a row has λ after its step
+    lam = metrics.get(row["step"] - 1, {}).get("lam", getattr(args, "lam_init", None))  # a row has λ after its step
     note = f"--loss {loss}" if loss else f"λ = {lam:.3g}" if lam is not None else ""
     used = coefficients(args.script, args, row["ids"], row["rewards"], row["advantages"], lam)
-    panels = [(f"{args.script}.py", f"step {step} of {run.resolve().name}", note, used)]
+    panels = [(f"{args.script}.py", f"step {row['step']} of {run.resolve().name}", note, used)]
     if (args.script, loss) != ("grpo", "grpo"):
         args = importlib.import_module("grpo").Args(prompts_per_step=args.prompts_per_step)
         panels.append(("grpo.py", "the same group", "--loss grpo", coefficients("grpo", args, row["ids"], row["rewards"])))
@@ -115,7 +110,7 @@ def place(texts, right):
     boxes, x, line = [], INDENT, 0
     for text in texts:
         text = "■" if re.fullmatch(r"<[^<>\s]{2,}>", text) else text.replace("\n", "↵").strip(" ") or "␣"
-        text = "".join(letter if letter.isprintable() else "·" for letter in textwrap.shorten(text, 14, placeholder="…"))
+        text = "".join(letter if letter.isprintable() else "·" for letter in text[:14])
         width = CHARACTER * len(text) + PAD
         x, line = (INDENT, line + 1) if x + width > right else (x, line)
         boxes.append((text, x, line, width))
@@ -128,7 +123,6 @@ def draw(row, panels, picture, columns):
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-
     scale = LinearSegmentedColormap.from_list("push", [RED, "white", BLUE])
     wide = (WIDTH - GAP * (columns + 1)) / columns  # of a panel
     group = [place(texts[:LONGEST], wide - 44 * (len(texts) > LONGEST)) for texts in row["pieces"]]
@@ -137,16 +131,15 @@ def draw(row, panels, picture, columns):
     corners = [(GAP + slot % columns * (wide + GAP), 16 + slot // columns * high) for slot in range(len(panels) + 1)]
     figure = Figure(figsize=(WIDTH / 100, height / 100), dpi=200)
     axes = figure.add_axes((0, 0, 1, 1))
-
-    def write(x, y, text, size=10.5, **style):
-        return axes.text(x, y, text, **{"size": 0.72 * size, "color": INK, "va": "center", "parse_math": False, **style})
+    def write(x, y, text, size=10.5, color=INK, **style):
+        return axes.text(x, y, text, size=0.72 * size, color=color, va="center", parse_math=False, **style)
 
     for (left, top), (name, idea, command, values) in zip(corners, panels):
         largest = max(abs(value) for row_values in values for value in row_values)
         title = write(left, top, name, 13, weight="bold")
         write(left + title.get_window_extent().width / 2 + 8, top, idea, 12)  # a pixel of the page has two dots
-        write(left + INDENT, top + 17, command, 9.5, color=GRAY, family="monospace")
-        write(left + wide, top + 17, f"full color: {largest:.2g}", 9.5, color=GRAY, ha="right")
+        write(left + INDENT, top + 17, command, 9.5, GRAY, family="monospace")
+        write(left + wide, top + 17, f"full color: {largest:.2g}", 9.5, GRAY, ha="right")
         y = top + 38
         for boxes, reward, row_values in zip(group, row["rewards"], values):
             write(left + 8, y, f"{reward:.3g}", 11, weight="bold", ha="center")
@@ -154,16 +147,13 @@ def draw(row, panels, picture, columns):
                 push, middle = value / (largest or 1.0), y + LINE * line
                 axes.add_patch(Rectangle((left + x, middle - LINE / 2 + 0.75), width, LINE - 1.5, linewidth=0.5,
                                          facecolor=scale(0.5 + push / 2), edgecolor=EDGE))
-                color = "white" if abs(push) > 0.6 else INK
-                write(left + x + width / 2, middle, text, 10, color=color, ha="center", family="monospace")
-            write(left + x + width + 4, middle, f"+{len(row_values) - LONGEST}" * (len(row_values) > LONGEST), 9.5, color=GRAY)
+                write(left + x + width / 2, middle, text, 10, INK if abs(push) < 0.6 else "white", ha="center", family="monospace")
+            write(left + x + width + 4, middle, f"+{len(row_values) - LONGEST}" * (len(row_values) > LONGEST), 9.5, GRAY)
             y += LINE * (line + 1)
-
     left, top = corners[-1]
-    problem = textwrap.shorten(row["problem"], 30, placeholder=" …")
     write(left, top, "How to read it", 13, weight="bold")
-    write(left, top + 32, f"{len(group)} answers to {problem} with their rewards at the left.\nA box is a token, "
-                          "■ ends an answer, and color is c in ∇J = Σ c · ∇log π:", linespacing=1.5)
+    write(left, top + 23, f"{len(group)} answers to {' '.join(row['problem'].split())[:30]} with their rewards at the left.")
+    write(left, top + 40, "A box is a token, ■ ends an answer, and color is c in ∇J = Σ c · ∇log π:")
     axes.imshow([range(256)], cmap=scale, aspect="auto", extent=(left, left + 382, top + 68, top + 55))
     for share, text, side in ((0, "less likely", "left"), (0.5, "unchanged", "center"), (1, "more likely", "right")):
         write(left + share * 382, top + 79, text, ha=side)
@@ -179,7 +169,7 @@ def main():
     parser.add_argument("--step", type=int, help="a step of that run (default: its last)")
     parser.add_argument("--out", type=Path, help="the picture (default: credit.png, in the run's folder or beside this script)")
     flags = parser.parse_args()
-    check(find_spec("matplotlib"), "the picture needs a package: pip install matplotlib")
+    check(importlib.util.find_spec("matplotlib"), "the picture needs a package: pip install matplotlib")
     check(flags.run or flags.step is None, "--step needs --run, the folder of a run")
     picture = flags.out or (flags.run or Path(__file__).parent) / "credit.png"
     draw(*(group_of_run(flags.run, flags.step) if flags.run else example()), picture, columns=1 if flags.run else 2)
