@@ -278,7 +278,7 @@ def main():
         if eval_problems and not done:
             accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
             say(f"accuracy before training: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
-        say(" ".join(f"{column:>7}" for column in COLUMNS))
+        say(" ".join(f"{column:>6}" for column in COLUMNS))
         for step in bar:
             phase("sampling")
             timeouts = grader.timeouts
@@ -602,7 +602,7 @@ def log_step(run, args, metrics, starts, tokenizer, problem, completions, reward
     times = list(starts.values())  # when each phase began
     metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
     metrics["tokens_per_second"] = metrics["length"] * args.prompts_per_step * args.group_size / (times[-1] - times[0])
-    say(" ".join(f"{metrics[name]:{max(7, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
+    say(" ".join(f"{metrics[name]:{max(6, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
     if metrics["step"] == metrics["zero_variance"] == 1:
         say("every group has equal rewards, which teaches nothing: read samples.jsonl, is the task too hard?")
     if "eval_accuracy" in metrics:

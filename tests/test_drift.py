@@ -115,7 +115,7 @@ def test_amount_of_code():
     assert sum(map(len, own + shared)) <= 60_600  # the aim is 50,000
     for name in [*SCRIPTS, "eval"]:
         code = code_lines(ROOT / f"{name}.py")
-        assert sum(map(len, code)) / len(code) < 54.5, f"{name}.py is dense"
+        assert sum(map(len, code)) / len(code) < 55, f"{name}.py is dense"
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "eval"])
