@@ -155,6 +155,7 @@ def test_alarm_when_the_prefix_cache_is_stale(stale, tmp_path):
     problem = json.dumps({"problem": "+".join(["37", "52"] * 18) + "?", "answer": "1602"})
     (tmp_path / "long.jsonl").write_text(f"{problem}\n" * 6)
     changes = PREFIXES + ("engine.reset_prefix_cache = lambda self: True\n" if stale else "")
+    changes += "script.rewards_of = lambda texts, *_: [float(i % 2) for i in range(len(texts))]\n"  # all rows are trained on
     done = drive(tmp_path, changes, "--dataset", tmp_path / "long.jsonl", "--steps", 3, "--lr", 1e-2)
     if stale:
         assert done.returncode == 1 and "stale or wrong weights" in done.stderr
