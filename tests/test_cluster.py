@@ -146,7 +146,7 @@ grpo.main()
 def test_killed_grader_worker(tmp_path):
     """A grader's worker that is killed is replaced: the run goes on."""
     run = tmp_path / "run"
-    (tmp_path / "fractions.jsonl").write_text('{"problem": "1+1+1+1?", "answer": "\\\\frac{1}{3}"}\n' * 4)  # not for free
+    (tmp_path / "fractions.jsonl").write_text('{"problem": "1+1+1+1?", "answer": "2\\\\sqrt{3}"}\n' * 4)  # not for free
     process = start(run, None, "--dataset", tmp_path / "fractions.jsonl")
     workers = [pid for pid in left_over(run) if pid != process.pid]
     assert workers
