@@ -14,7 +14,7 @@ from step_worker import logps_of
 
 import credit
 
-drawn = pytest.mark.skipif(not find_spec("matplotlib"), reason="the picture needs matplotlib, which requirements.txt leaves out")
+drawn = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib, which requirements.txt leaves out")
 IDS = [[5, 6, 7, 8, 9, 0], [5, 6, 7, 3, 0], [5, 6, 2, 4, 4, 4, 4, 0], [9, 0], [9, 0], [5, 6, 7]]  # 7 tokens are shared
 REWARDS = [1.0, 0.0, 0.5, 0.0, 1.0, 0.0]
 CASES = [  # script, flags
@@ -117,13 +117,13 @@ def test_the_example_shows_the_ideas(float64):
 
 
 def folder_of_run(folder, script, flags, advantages):
-    """A run's folder with two steps of the same group, which has long completions: the folder, and the row of the second step."""
+    """A run's folder, whose two steps have the same group with long completions: the folder, the row of the second step."""
     method, folder = importlib.import_module(script), folder / script
     folder.mkdir()
     args = dataclasses.asdict(method.Args(prompts_per_step=2, **flags))
     (folder / "args.json").write_text(json.dumps({"script": script, **args}))
     ids = [IDS[0] * 12, *IDS[1:-1], IDS[0] * 16]
-    texts = ["<eos>", " The", "$x_1", "\n\n", "\\boxed{", "é", "extraordinarily", "   ", "\t", "$"]
+    texts = ["<eos>", " The", r"$\frac$", "\n\n", "\\boxed{", "é", "extraordinarily", "   ", "\t", "$"]
     row = {"step": 2, "problem": "How many\nare there?", "answer": "3", "completions": ["any"] * 6, "ids": ids,
            "pieces": [[texts[token] for token in tokens] for tokens in ids], "rewards": REWARDS, "advantages": advantages}
     (folder / "samples.jsonl").write_text(f"{json.dumps({**row, 'step': 1})}\n{json.dumps(row)}\n")
@@ -140,8 +140,10 @@ def test_a_run_is_drawn_as_it_weighed_its_group(script, tmp_path, float64):
     found, panels = credit.group_of_run(run, 2)
     assert found == row and credit.group_of_run(run, None)[0]["step"] == 2
     plain = by_hand(script, args, row["ids"], REWARDS, lam=2.5)
-    own = importlib.import_module(script).group_advantages(torch.tensor([REWARDS]))[0].clamp(min=getattr(args, "min_advantage", -9))
-    expected = [[value / float(mine) * (2 * reward - 1) for value in values] for values, mine, reward in zip(plain, own, REWARDS)]
+    own = importlib.import_module(script).group_advantages(torch.tensor([REWARDS]))[0]
+    own = own.clamp(min=getattr(args, "min_advantage", -9)).tolist()
+    expected = [[value / advantage * (2 * reward - 1) for value in values]
+                for values, advantage, reward in zip(plain, own, REWARDS)]
     same(panels[0][3], expected)
     assert len(panels) == 1 + (script != "grpo") and panels[0][:2] == (f"{script}.py", f"step 2 of {script}")
     if script != "grpo":
@@ -177,9 +179,17 @@ def test_a_run_makes_a_picture(script, tmp_path):
     """Also with equal rewards, and with tokens that are long, odd or many."""
     run, _ = folder_of_run(tmp_path, script, {}, [0.0] * 6 if script == "grpo" else REWARDS)
     written = texts_of_picture(tmp_path, "--run", run, "--step", 2)
-    assert {"+12", "+36", "↵↵", "$x_1", "■", "extraordinaril"} <= set(written)
-    assert "6 answers to How many are there? with their rewards at the left." in written
+    assert {"+12", "+36", "↵↵", r"$\frac$", "■", "extraordinaril"} <= set(written)
+    assert "6 answers to “How many are there?” with their rewards at the left." in written
     assert written.count("0.5") == 1 + (script != "grpo")
+
+
+def test_tokens_are_broken_into_lines():
+    boxes = credit.place([" word", "a"] * 40, 300)
+    assert boxes[0][1:3] == (credit.INDENT, 0) and boxes[-1][2] > 3
+    for (_, x, line, width), (_, next_x, next_line, next_width) in zip(boxes, boxes[1:]):
+        fits = x + width + next_width <= 300
+        assert (next_x, next_line) == ((x + width, line) if fits else (credit.INDENT, line + 1))
 
 
 @drawn

@@ -139,25 +139,25 @@ def draw(row, panels, picture, columns):
         title = write(left, top, name, 13, weight="bold")
         write(left + title.get_window_extent().width / 2 + 8, top, idea, 12)  # a pixel of the page has two dots
         write(left + INDENT, top + 17, command, 9.5, GRAY, family="monospace")
-        write(left + wide, top + 17, f"full color: {largest:.2g}", 9.5, GRAY, ha="right")
+        write(left + wide, top + 17, f"full color: {largest:#.2g}", 9.5, GRAY, ha="right")
         y = top + 38
         for boxes, reward, row_values in zip(group, row["rewards"], values):
             write(left + 8, y, f"{reward:.3g}", 11, weight="bold", ha="center")
             for (text, x, line, width), value in zip(boxes, row_values):
-                push, middle = value / (largest or 1.0), y + LINE * line
+                push, middle, font = value / (largest or 1.0), y + LINE * line, {"ha": "center", "family": "monospace"}
                 axes.add_patch(Rectangle((left + x, middle - LINE / 2 + 0.75), width, LINE - 1.5, linewidth=0.5,
                                          facecolor=scale(0.5 + push / 2), edgecolor=EDGE))
-                write(left + x + width / 2, middle, text, 10, INK if abs(push) < 0.6 else "white", ha="center", family="monospace")
+                write(left + x + width / 2, middle, text, 10, INK if abs(push) < 0.6 else "white", **font)
             write(left + x + width + 4, middle, f"+{len(row_values) - LONGEST}" * (len(row_values) > LONGEST), 9.5, GRAY)
             y += LINE * (line + 1)
     left, top = corners[-1]
     write(left, top, "How to read it", 13, weight="bold")
-    write(left, top + 23, f"{len(group)} answers to {' '.join(row['problem'].split())[:30]} with their rewards at the left.")
+    write(left, top + 23, f"{len(group)} answers to “{' '.join(row['problem'].split())[:30]}” with their rewards at the left.")
     write(left, top + 40, "A box is a token, ■ ends an answer, and color is c in ∇J = Σ c · ∇log π:")
     axes.imshow([range(256)], cmap=scale, aspect="auto", extent=(left, left + 382, top + 68, top + 55))
     for share, text, side in ((0, "less likely", "left"), (0.5, "unchanged", "center"), (1, "more likely", "right")):
         write(left + share * 382, top + 79, text, ha=side)
-    write(left, top + 101, "Full color is the largest |c| in a panel, printed above it.")
+    write(left, top + 101, "Full color is the largest |c| in a panel, printed above it." + " +9: 9 more tokens." * (columns < 2))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
     figure.savefig(picture)
