@@ -107,6 +107,7 @@ def load_policy(model, mesh, bf16=True, checkpointing=True, compile=False):
     with contextlib.ExitStack() as stack:
         for where, name, new in (
             (grpo.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model),
+            (grpo.AutoConfig, "from_pretrained", lambda *_, **__: model.config),
             (dist, "init_device_mesh", lambda *_, **__: mesh), (grpo, "WORLD", nodes * local),
             (grpo, "MixedPrecisionPolicy", precision), (torch, "allclose", lambda *_, **__: True),
         ):
