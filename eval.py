@@ -63,8 +63,8 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
 }
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # torchrun sets all; one alone means nothing
 RANK, WORLD = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if LAUNCHED else [0, 1]
-PROBLEMS = {"problem": ("problem", "question", "prompt", "query", "instruction", "input")}  # the first that is there
-ANSWERS = {"answer": ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")}
+PROBLEMS = ("problem", "body question", "question", "prompt", "query", "instruction input", "instruction", "input")
+ANSWERS = ("answer", "final_answer", "ground_truth", "reward_model", "target", "label", "solution")  # the first found
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_PROMPT = "Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
 
@@ -113,64 +113,53 @@ def load_problems(name, split="train"):
         return arithmetic(split)
     if name not in HUB and (os.path.exists(name) or name.endswith((".jsonl", ".parquet"))):
         return usable(read_file(name), name)
-    if name in HUB or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return usable(read_hub(name, split), name)
-    fail(f"unknown data set {name!r}: known are arithmetic, {', '.join(HUB)}; or give a .jsonl or .parquet file, "
-         "or a hub id owner/name")
+    check(name in HUB or "/" in name, f"unknown data set {name!r}: known are arithmetic, {', '.join(HUB)}; or give a "
+          ".jsonl or .parquet file, or a hub id owner/name")
+    return usable(read_hub(name, split), name)
 
 
-def usable(rows, name, wanted=PROBLEMS | ANSWERS):
-    """Those rows that have a problem and a gold the grader can read, with the wanted columns, {key: possible names}."""
-    found = {str(column).lower(): column for row in rows for column in row}
-    columns = {key: next((found[column] for column in names if column in found), None) for key, names in wanted.items()}
-    if None in columns.values():
-        has = f"has the columns {', '.join(found.values())}" if found else "is empty"
-        missing = [names for key, names in wanted.items() if columns[key] is None]
-        fail(f"{name} {has}: it needs " + " and ".join(f"one of {', '.join(names)}" for names in missing))
-    texts = [{**row, **{key: read_cell(row.get(column)) for key, column in columns.items()}} for row in rows]
-    if wanted.get("problem") == PROBLEMS["problem"]:
-        join_columns(texts, name, columns["problem"].lower(), found)
-    in_solution = columns["answer"].lower() == "solution"
-    for row in texts:
-        if "####" in row["answer"]:  # GSM8K's "so she has 18 #### 18"
-            row["answer"] = row["answer"].rpartition("####")[2]
-        elif "\\boxed" in row["answer"] or in_solution and not quantity(clean(row["answer"])):
-            row["answer"] = last_boxed(row["answer"]) or ""
-        row["answer"] = clean(row["answer"])
-        if len(re.findall(r"(?<![\\a-z])[a-z]{2,}", row["answer"], re.IGNORECASE)) > 12:  # a proof
-            row["answer"] = ""
-    with Grader(deadline=10.0) as grader:  # a busy machine must not decide
-        readable = grader.readable({row["answer"] for row in texts})
-    kept = [row for row in texts if row["answer"] in readable and row.get("problem") != ""]
-    where = " (in the column solution it must be a number, or stand in \\boxed{} or after ####)" if in_solution else ""
-    check(kept, f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read{where}")
-    if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer that is empty, has "
-            f"open braces, no letter or digit, or more than a dozen words, or is too slow to compare{where}")
-    return kept
-
-
-def join_columns(rows, name, column, found):
-    """Join what belongs to a problem: Body and Question, instruction and input, choices. Name what is left out."""
-    pair = {"question": ("body", "question"), "instruction": ("instruction", "input")}.get(column, (column,))
-    ignored = {"body", "context", "passage", *PROBLEMS["problem"]} & set(found) - set(pair)
-    if ignored:
-        say(f"{name}: the problem is in {column}; not used: {', '.join(sorted(ignored))}")
+def usable(rows, name):
+    """Those rows that have a problem, and an answer that can be graded."""
+    columns = {str(column).lower(): column for row in rows for column in row}
+    asked, answered = ([names.split() for names in sets if columns.keys() >= {*names.split()}]
+                       for sets in (PROBLEMS, ANSWERS))
+    check(asked and answered, f"{name} has the columns {', '.join(columns.values()) or '(none: it is empty)'}: it needs "
+          f"one of {', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
+    asked, answered, kept = asked[0], answered[0][0], []
+    unused = {"context", "passage", *" ".join(PROBLEMS).split()} & columns.keys() - {*asked}
+    if unused:
+        say(f"{name}: the problem is in {' and '.join(asked)}; not used: {', '.join(sorted(unused))}")
     for row in rows:
-        choices = row.get(found.get("choices", found.get("options"))) or []
-        choices = choices["text"] if isinstance(choices, dict) else [choices] if isinstance(choices, str) else choices
+        cells = {column: row.get(columns[column]) for column in columns}
+        choices = cells.get("choices") or cells.get("options") or []
+        choices = choices["text"] if isinstance(choices, dict) else choices
         lines = [f"{chr(65 + place)}. {choice}" for place, choice in enumerate(choices)]
-        row["problem"] = "\n".join(filter(None, [*(read_cell(row.get(found.get(key))) for key in pair), *lines]))
+        problem = "\n".join(filter(None, [*(read_cell(cells[column]) for column in asked), *lines]))
+        gold = read_cell(cells[answered])
+        if "####" in gold:  # GSM8K's "so she has 18 #### 18"
+            gold = gold.rpartition("####")[2]
+        elif "\\boxed" in gold or answered == "solution" and not quantity(clean(gold)):
+            gold = last_boxed(gold) or ""
+        gold = clean(gold)
+        words = re.findall(r"(?<![\\a-z])[a-z]{2,}", gold, re.I)
+        if problem and re.search(r"\w", gold) and gold.count("{") == gold.count("}") and len(words) <= 12:
+            kept.append({**row, "problem": problem, "answer": gold})
+    if len(kept) < len(rows):
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer that is empty, or has "
+            "open braces, no letter or digit, or more than a dozen words; a solution needs \\boxed{} or ####")
+    check(kept, f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read")
+    return kept
 
 
 def read_cell(value):
     """The text of a cell: a string or number, a list of answers, a conversation, {"ground_truth": ...}."""
     if isinstance(value, dict):
         value = next((value[key] for key in ("ground_truth", "content", "text") if key in value), None)
-    if isinstance(value, list) and value and isinstance(value[0], dict):  # turns: all but the one to be written
-        value = "\n\n".join(read_cell(turn) for turn in value[: -1 if value[-1].get("role") == "assistant" else None])
-    elif isinstance(value, list):
-        value = ", ".join(clean(read_cell(item)) for item in value)
+    if isinstance(value, list):
+        turns = value and isinstance(value[-1], dict)
+        if turns and value[-1].get("role") == "assistant":  # the turn that is to be written
+            value = value[:-1]
+        value = ("\n\n" if turns else ", ").join(map(read_cell, value))
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if value is None or value != value:  # not a number: a gap in a parquet file
@@ -295,20 +284,19 @@ def load_prompts(name, split, tokenizer, args):
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
     args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
-    problems, kept, lost = load_problems(name, split)[: getattr(args, "limit", None)], [], []
+    problems, lost = load_problems(name, split)[: getattr(args, "limit", None)], []
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
         ids = row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
         if "".join(row["problem"].split()) not in "".join(tokenizer.decode(ids).split()):
             lost.append(row["problem"])
-        if 0 < len(ids) <= args.max_prompt_tokens:
-            kept.append(row)
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
+    kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     skipped = len(problems) - len(kept)
     found = f"{name}, {split}: {len(kept)} prompts, {skipped} skipped"
-    why = f" (empty, or longer than {args.max_prompt_tokens} tokens)" if skipped else ""
-    check(kept, f"{found}{why}: a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context")
-    say(found + why)
+    found += f" (empty, or longer than {args.max_prompt_tokens} tokens)" if skipped else ""
+    check(kept, f"{found}: a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context")
+    say(found)
     return kept, skipped
 
 
@@ -521,15 +509,8 @@ class Grader:
                 verdicts[place].update(correct=reply == "right", why=why)
         return verdicts
 
-    def readable(self, golds):
-        """The cleaned golds that can be compared: with a letter or digit, without an open brace, and not too slow."""
-        golds = sorted(gold for gold in golds if re.search(r"\w", gold) and gold.count("{") == gold.count("}"))
-        hard = [gold for gold in golds if judge_text(gold, "?") is None]
-        replies = self.threads.map(self.ask, zip(hard, hard))
-        return set(golds) - {gold for gold, reply in zip(hard, replies) if reply not in ("right", "wrong")}
-
     def ask(self, question):
-        """A worker's reply to (gold, answer): right, wrong, time-out or crash. For (gold,): whether it can be read."""
+        """A worker's reply to (gold, answer): right, wrong, time-out or crash."""
         for _ in range(2):  # if something else killed the worker, the next one is asked
             worker = self.running.get(threading.get_ident())
             if worker is None or worker.poll() is not None:
@@ -769,8 +750,6 @@ def hf_sampler(args, tokenizer, device):
 
 # ---- The command line ----
 
-ROW = ("{problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  {no_box:>6.3f}  "
-       "{grader_timeouts:>9}  ")
 FLAGS = (  # name, type, default, help
     ("model", str, None, "folder in transformers' format, or hub id"),
     ("benchmarks", str, "arithmetic", "names, files or hub ids, separated by commas"),
@@ -806,8 +785,11 @@ def parse_args():
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
     check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     check(args.sampler in ("auto", "hf", "vllm"), "--sampler must be auto, hf or vllm")
-    check(not args.out or not Path(args.out).is_file(), f"--out {args.out} is a file: give a folder")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
+    try:
+        Path(args.out or ".").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out: {error}")
     return args
 
 
@@ -834,26 +816,17 @@ def main():
     if args.compare:
         return compare(*args.compare)
     tokenizer, args.max_prompt_tokens = load_tokenizer(args.model), math.inf
-    most, args.max_new_tokens = args.max_new_tokens, 1  # enough for load_prompts
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
-    args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
     names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names}  # they are kept in every row
-    folder = Path(args.out or os.devnull)
-    files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
-    finished = {name: read_file(str(file)) for name, file in files.items() if file.exists()}
-    for name, rows in finished.items():
-        check(settings.items() <= rows[0].items(), f"{files[name]} has other settings: choose another --out")
-    if args.out:
-        folder.mkdir(parents=True, exist_ok=True)
     import torch
     import torch.distributed as dist
 
-    gpu = torch.cuda.is_available()
+    gpu, device = torch.cuda.is_available(), torch.device("cpu")
     vllm = args.sampler == "vllm" or args.sampler == "auto" and gpu and find_spec("vllm")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
@@ -861,20 +834,22 @@ def main():
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
     sampler = None
     with Grader() as grader:
-        for name, file in files.items():
-            if name in finished:
-                result = summarize(finished[name])
+        for name, problems in benchmarks.items():
+            file = Path(args.out or os.devnull, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
+            if file.exists():
+                result = summarize(rows := read_file(str(file)))
+                check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
             else:
-                if sampler is None:
-                    sampler = (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
+                sampler = sampler or (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
+                result = evaluate(sampler, tokenizer, problems, grader, *how)
                 if args.out and RANK == 0:
                     aside = file.with_suffix(".part")
                     aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
                     aside.rename(file)  # so a file of that name is whole
-            passes = "  ".join(f"{k}: {chance:.3f}" for k, chance in result["pass_at_k"].items())
-            say(f"{name:<24}  " + ROW.format(**result) + passes)
+            say("{:<24}  {problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
+                "{no_box:>6.3f}  {grader_timeouts:>9}  ".format(name, **result)
+                + "  ".join(f"{k}: {chance:.3f}" for k, chance in result["pass_at_k"].items()))
     if WORLD > 1 and not vllm:  # vLLM does it itself
         dist.destroy_process_group()
 
