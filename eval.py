@@ -27,7 +27,6 @@ interval (paired bootstrap over problems).
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -38,9 +37,7 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
 from importlib.util import find_spec
@@ -113,8 +110,8 @@ def load_problems(name, split="train"):
         return arithmetic(split)
     if name not in HUB and (os.path.exists(name) or name.endswith((".jsonl", ".parquet"))):
         return usable(read_file(name), name)
-    check(name in HUB or "/" in name, f"unknown data set {name!r}: known are arithmetic, {', '.join(HUB)}; or give a "
-          ".jsonl or .parquet file, or a hub id owner/name")
+    known = f"a .jsonl or .parquet file, a hub id owner/name, arithmetic, {', '.join(HUB)}"
+    check(name in HUB or "/" in name, f"unknown data set {name!r}: give one of {known}")
     return usable(read_hub(name, split), name)
 
 
@@ -123,8 +120,8 @@ def usable(rows, name):
     columns = {str(column).lower(): column for row in rows for column in row}
     asked, answered = ([names.split() for names in sets if columns.keys() >= {*names.split()}]
                        for sets in (PROBLEMS, ANSWERS))
-    check(asked and answered, f"{name} has the columns {', '.join(columns.values()) or '(none: it is empty)'}: it needs "
-          f"one of {', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
+    has = f"has the columns {', '.join(columns.values())}" if columns else "is empty"
+    check(asked and answered, f"{name} {has}: it needs one of {', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
     asked, answered, kept = asked[0], answered[0][0], []
     unused = {"context", "passage", *" ".join(PROBLEMS).split()} & columns.keys() - {*asked}
     if unused:
@@ -145,9 +142,9 @@ def usable(rows, name):
         if problem and re.search(r"\w", gold) and gold.count("{") == gold.count("}") and len(words) <= 12:
             kept.append({**row, "problem": problem, "answer": gold})
     if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer that is empty, or has "
-            "open braces, no letter or digit, or more than a dozen words; a solution needs \\boxed{} or ####")
-    check(kept, f"{name}: no row of {len(rows)} has a problem and an answer that the grader can read")
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer without a letter or "
+            "digit, with open braces, or of more than a dozen words; a solution needs \\boxed{} or ####")
+    check(kept, f"{name}: no row of {len(rows)} has a problem and an answer")
     return kept
 
 
@@ -183,8 +180,7 @@ def read_file(path):
             if line.strip():
                 rows.append(dict(json.loads(line)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(f"cannot read {path}{place}: {error}; it must be .parquet, or have a JSON object in each line (.jsonl), "
-             "or be one JSON array of objects")
+        fail(f"cannot read {path}{place}: {error}; it must be .parquet, JSON lines or a JSON array, of objects")
     return rows
 
 
@@ -196,8 +192,8 @@ def read_hub(name, split):
     try:
         rows = datasets.load_dataset(hub_id, configuration, split=splits[split == "test"])
     except Exception as error:  # of a dozen kinds, and all mean that the data cannot be had
-        fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): give the path of a .jsonl file; "
-             "without a network set HF_HUB_OFFLINE=1, and HF_HOME to a cache that holds it")
+        fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl file, or set HF_HOME to "
+             "a cache that holds it, and HF_HUB_OFFLINE=1")
     if name == "dapo":  # each problem is in there a hundred times
         places = {key: place for place, key in enumerate(rows.flatten()["extra_info.index"])}
         rows = rows.select(sorted(places.values()))
@@ -220,7 +216,7 @@ def load_tokenizer(name):
             raise ValueError("it has no .safetensors")
     except Exception as error:  # of a dozen kinds, and all mean that this is not a model
         fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a hub id, or a folder with "
-             "config.json, weights in .safetensors and a tokenizer; without a network set HF_HUB_OFFLINE=1")
+             "config.json, .safetensors and a tokenizer")
     return tokenizer
 
 
@@ -302,23 +298,18 @@ def load_prompts(name, split, tokenizer, args):
 
 # ---- Grading ----
 
-SPELLINGS = {  # what stands in an answer: how it is read
+SPELLINGS = {  # what may be in an answer: how it is read
     r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
-    "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ", "∪": r"\cup ",
-    "√": r"\sqrt ", r"\$": "", "$": "", "£": "", "€": "", "**": "", "`": "", "<answer>": "", "</answer>": "", "~": " ",
-    r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ",
-    r"\left": "", r"\right": "", r"\mathbf": "", r"\boldsymbol": "", r"\mathrm{e}": "e", r"\mathrm{i}": "i",
-    r"\mathrm": r"\text", r"\mbox": r"\text", r"\textbf": r"\text", r"\text {": r"\text{", r"\text{ ": r"\text{",
-    " }": "}", r"\text{and}": ",", r"\text{or}": ",", " and ": ",", " or ": ",", ",,": ",", "{,}": ",",
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
-FILLERS = ("so thus hence therefore then the that this it we is are be get final correct answer value result total "
-           "about exactly approximately").split()
-UNITS = (r"m meter|km kilometer|cm centimeter|mm millimeter|g gram|kg kilogram|s second|min minute|h hr hour"
-         r"|in inche inch|ft foot feet|mi mile|l liter|lb pound|degree \circ|cent|dollar|% percent \%|day|month|year"
-         r"|unit|square sq|people|mph|N|J|W|V|K|C|/ per|of|a|each")
-UNITS = {spelling: names.split()[0] for names in UNITS.split("|") for spelling in names.split()}
-NO_UNITS = ("less", "times", "minus", "plus", "thirds", "halves", "quarters", "ths", "pairs", "tens", "scores",
-            "dozens", "hundreds", "thousands", "illions", "doubles", "triples", "cubes")  # endings
+    "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "√": r"\sqrt ",
+    r"\left": "", r"\right": "", r"\mathbf": "", r"\boldsymbol": "", r"\mathrm": r"\text", r"\mbox": r"\text",
+    r"\textbf": r"\text", r"\text {": r"\text{", r"\text{ ": r"\text{", " }": "}", r"\text{and}": ",",
+    r"\text{or}": ",", " and ": ",", " or ": ",", ",,": ",", "{,}": ",",
+    "°": r"\text{degrees}", r"^{\circ}": r"\text{degrees}", r"^\circ": r"\text{degrees}", r"\%": "%",
+    "%": r"\text{percent}", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
+UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square "
+         "per of a each").split()  # and all plurals
+NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs tens scores dozens hundreds thousands illions "
+                 "doubles triples cubes".split())  # endings
 NUMBER = re.compile(r"""
     ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
     (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
@@ -341,10 +332,9 @@ def last_boxed(text):
 
 
 def stated(text):
-    """What the last line says after "answer is", "Answer:" or "####" (only FILLERS before it, and no box), or None."""
+    """What the last line says after "answer is", "Answer:" or "####", if it has no box, or None."""
     line = text.strip()[-500:].rpartition("\n")[2].replace("**", "").removesuffix(" I hope it is correct.")
-    before = rf"(?:.*[^a-z\s'])?\s*(?:(?:{'|'.join(FILLERS)}) )*"
-    match = re.match(rf"{before}(?:answer is|answer:|####)[\s:]*([^\s:].*)", line, re.I)
+    match = re.fullmatch(r".*(?:(?:answer|total|value|result) is\b|answer:|####)[\s:]*(.+)", line, re.I)
     return match[1] if match and "\\boxed" not in line else None
 
 
@@ -352,6 +342,8 @@ def clean(text):
     r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5 \times 10^{3}"."""
     if text.isdecimal():  # most answers are
         return text
+    text = re.sub(r"\\[()\[\]!$]|[$£€`]|\*\*|</?answer>", "", text.replace(r"\\", "\0"))
+    text = re.sub(r"\\[,;: ]|[~\s]", " ", text)
     for spelling, meaning in SPELLINGS.items():
         text = text.replace(spelling, meaning)
     text = " ".join(text.split()).removesuffix(".")
@@ -360,30 +352,34 @@ def clean(text):
     text = re.sub(r"(?<![\w.}])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}", text)  # 1/2
     text = re.sub(r"(\d)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
     text = re.sub(r"^(-?)10 ?\^", r"\g<1>1 \\times 10^", text)
-    text = re.sub(r"\\text\{([^a-zA-Z{}]*)\}", r"\1", text)  # \text{5}
+    text = re.sub(r"\\text\{([^a-zA-Z{}]*|[ei])\}", r"\1", text)  # \text{5}, and e from \mathrm{e}
     text = re.sub(r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2", text)  # {5} and (5)
     text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$|, ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
-    while (word := re.match(r"(?:\\text\{)?(\w+):?[ }]+", text)) and word[1].lower() in FILLERS:
-        text = text[word.end():]
-    return text.strip()
+    text = (stated(text) or text).lstrip("}").strip()
+    return re.sub(r"^(\\text\{)?(the|about|exactly|approximately) ", r"\1", text, flags=re.I)
 
 
 def measured(text):
-    r"""A value and its unit, a known name or a plural: "5 \text{ meters}^2" -> ("5", ["m", "^2"]).
+    r"""A value and its unit, a known name or a plural: "5 \text{ meters}^2" -> ("5", ["meter", "^2"]).
 
     Single letters are factors, and other words change the value: "5 x" and "5 squared" have no unit and stay whole.
     """
-    value, rest = re.fullmatch(r"(.*?) ?(\^?\{?\\circ.*|\\?%.*|\\text.*| [a-z][a-z/].*|)", text, re.I).groups()
-    unit = []
-    for word in re.findall(r"\^-?\d|\\?[a-zA-Z]+|\\?\S", re.sub(r"\\text|[{}.]|\^(?=[{ ]*\\circ)", "", rest)):
-        known = UNITS.get(word) or UNITS.get(word.lower().removesuffix("s"))
+    value, rest = re.fullmatch(r"(.*?) ?(\\text.*| [a-z][a-z/].*|)", text, re.I).groups()
+    words = re.findall(r"\^-?\d|\w+|\S", re.sub(r"\\text|[{}.]", " ", rest).replace("/", " per "))
+    for place, word in enumerate(words):
         plural = word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
-        if not (known or plural or word[0] == "^" and unit):
+        if not (plural or word in UNITS or word[0] == "^" and place):
             return text, []
-        unit.append(known or word.lower())
-    return value, unit
+    return value, [word.lower().removesuffix("s") or word for word in words]
+
+
+def same_unit(unit, other):
+    """Whether two units are the same, in full or abbreviated: centimeter has the letters of cm in their order."""
+    pairs = [sorted(pair, key=len) for pair in zip(unit, other)]
+    return len(unit) == len(other) and all(short == name or len(name) > 3 and re.match(".*".join(short), name)
+                                           for short, name in pairs)
 
 
 def quantity(text):
@@ -402,7 +398,8 @@ def quantity(text):
 def same_quantity(gold, answer):
     """Whether two quantities are equal to a millionth, and in their units if both have one."""
     (gold, unit), (answer, other) = gold, answer
-    return not (unit and other and unit != other) and abs(gold - answer) * 10**6 <= min(1, abs(gold))
+    units_agree = not unit or not other or same_unit(unit, other)
+    return units_agree and abs(gold - answer) * 10**6 <= min(1, abs(gold))
 
 
 def sides(text):
@@ -452,29 +449,23 @@ class Grader:
        length and brackets, and an inequality is wrong for an interval.
     6. A grading that reaches its deadline or memory limit is stopped, and wrong. So is an absurdly long answer.
 
-    Workers start when first needed, and share memory_gb. `timeouts` and `crashes` count the gradings that were stopped.
+    The worker starts when it is first needed. `timeouts` and `crashes` count the gradings that were stopped.
     """
 
     def __init__(self, workers=None, deadline=3.0, memory_gb=3.0):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = workers or max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        limits = [str(deadline), str(memory_gb / workers)]
+        limits = map(str, (workers, deadline, memory_gb / workers))
         self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
-        self.timeouts, self.crashes, self.closed = 0, 0, False
-        self.threads = ThreadPoolExecutor(workers)  # each talks to a worker of its own
-        self.running = {}  # thread: its worker
+        self.timeouts, self.crashes, self.worker = 0, 0, None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        """End the workers, including those at work."""
-        self.closed = True
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in list(self.running.values()):
-            if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
+        if self.worker:
+            self.worker.kill()  # its forks end at their deadline
+            self.worker.wait()
 
     def grade(self, completion, gold):
         """Whether the completion's answer is the gold's."""
@@ -489,48 +480,44 @@ class Grader:
 
         A verdict: {"correct", "extracted": the answer or None, "boxed", "why": what decided}, as in the rows of --out.
         """
-        verdicts, open_questions = [], {}
+        verdicts, questions = [], {}  # (gold, answer): the verdicts that wait for the worker
         for completion, gold in pairs:
             seen = re.split(r"<think\w*>", re.split(r"</think\w*>", completion)[-1])[0]  # without thoughts
             gold, box = clean(gold), last_boxed(seen)
             extracted = stated(seen) if box is None else box
-            correct, why = False, "no answer" if extracted is None else "too long"
-            if extracted is not None and len(extracted) <= 400 + 4 * len(gold):
+            verdict = {"correct": False, "extracted": extracted, "boxed": box is not None, "why": "no answer"}
+            verdicts.append(verdict)
+            if extracted is not None and len(extracted) > 400 + 4 * len(gold):
+                verdict["why"] = "too long"
+            elif extracted is not None:
                 answer = clean(extracted)
-                correct, why = judge_text(gold, answer), "text"
-                if correct is None:
-                    open_questions.setdefault((gold, answer), []).append(len(verdicts))
-            verdicts.append({"correct": correct, "extracted": extracted, "boxed": box is not None, "why": why})
-        for reply, places in zip(self.threads.map(self.ask, open_questions), open_questions.values()):
+                verdict.update(correct=judge_text(gold, answer), why="text")
+                if verdict["correct"] is None:
+                    questions.setdefault((gold, answer), []).append(verdict)
+        for reply, waiting in zip(self.ask([*questions]), questions.values()):
             self.timeouts += reply == "time-out"
             self.crashes += reply == "crash"
-            for place in places:
-                why = "math-verify" if reply in ("right", "wrong") else reply
-                verdicts[place].update(correct=reply == "right", why=why)
+            for verdict in waiting:
+                verdict.update(correct=reply == "right", why="math-verify" if reply in ("right", "wrong") else reply)
         return verdicts
 
-    def ask(self, question):
-        """A worker's reply to (gold, answer): right, wrong, time-out or crash."""
-        for _ in range(2):  # if something else killed the worker, the next one is asked
-            worker = self.running.get(threading.get_ident())
-            if worker is None or worker.poll() is not None:
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-                pipes["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
-                worker = subprocess.Popen(self.command, start_new_session=True, **pipes)  # out of reach of Ctrl-C
-                self.running[threading.get_ident()] = worker
-            try:
-                worker.stdin.write(json.dumps(question).encode() + b"\n")
-                reply = worker.stdout.read(20).decode().strip()
-            except BrokenPipeError:
-                reply = ""
-            if reply or self.closed:
-                return reply
-            if worker.wait() > 0:
-                raise RuntimeError("the grader's worker did not start: is math-verify installed? What it said is above")
-        return "crash"
+    def ask(self, questions):
+        """The worker's replies to (gold, answer) pairs: right, wrong, time-out or crash."""
+        for _ in range(2 if questions else 0):  # if something else killed the worker, a new one is asked
+            if self.worker is None or self.worker.poll() is not None:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+                environment = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
+                self.worker = subprocess.Popen(self.command, start_new_session=True, env=environment, **pipes)
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(questions), file=self.worker.stdin, flush=True)
+            if reply := self.worker.stdout.readline():
+                return json.loads(reply)
+            self.worker.wait()
+        if questions:
+            fail("the grader's worker ended twice: is math-verify installed? What it said is above", 1)
+        return []
 
 
-@functools.lru_cache(1000)  # a group of completions has one gold
 def read(text):
     r"""math-verify's tree of a cleaned text, not evaluated, a list sorted. None if it differs from what is written.
 
@@ -550,14 +537,6 @@ def read(text):
     return tree if kept.issuperset(map(Number, written)) and not tree.has(nan, zoo) else None
 
 
-def length(tree):
-    """How many names, numbers and functions a formula has: four in 2x + 3x, two in 5x."""
-    if tree.is_Rational:
-        return (abs(tree.p) != 1) + (tree.q != 1) or 1
-    counted = [part for part in tree.args if not (part in (1, -1) and (tree.is_Mul or tree.is_Pow))]
-    return sum(map(length, counted)) + tree.is_Function if tree.args else 1
-
-
 def work_left(tree):
     """How much a formula leaves to be done: sympy makes 2x + 3x shorter, (x+1)(x+2) multiplies sums; n(n-1) is done."""
     from sympy import Expr, cancel, expand, preorder_traversal
@@ -571,15 +550,15 @@ def work_left(tree):
         left += part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
         left += bool(part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1)
     done = tree.doit()
-    return left + max(0, length(tree) - min(map(length, (done, expand(done), cancel(done)))))
+    return left + max(0, tree.count_ops() - min(form.count_ops() for form in (done, expand(done), cancel(done))))
 
 
 def same(gold, answer):
     """Whether two cleaned texts mean the same, by principle 5. Of an equation that states a value, every side does."""
     (gold, unit), (answer, other) = measured(gold), measured(answer)
-    shapes = [re.sub(r"\\[{}]|[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
+    shapes = [re.sub(r"[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
     shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
-    if shapes[0] != shapes[1] or unit != other and (unit and other or ["degree"] in (unit, other)):
+    if shapes[0] != shapes[1] or unit and other and not same_unit(unit, other):
         return False
     (_, values), (_, found) = sides(gold), sides(answer)
     if len(values) > 1 or len(found) > 1 and "," in answer:
@@ -590,50 +569,54 @@ def same(gold, answer):
 def same_formula(gold, answer):
     """Whether math-verify finds two trees equal, and the answer is as far worked out and solved as the gold."""
     from math_verify import verify
-    from sympy import Number, Symbol
+    from sympy import Number
     from sympy.core.relational import Relational
 
     if gold is None or answer is None or work_left(answer) > work_left(gold):
         return False
-    if isinstance(gold, Relational) and isinstance(answer, Relational):
-        if any(isinstance(side, Symbol) for side in gold.args) > any(isinstance(side, Symbol) for side in answer.args):
-            return False
+    if isinstance(gold, Relational) and isinstance(answer, Relational) and answer.count_ops() > gold.count_ops():
+        return False
     if isinstance(answer, Number) and gold.is_number:
         return abs((gold - answer).evalf(30, maxn=1000)) * 10**6 <= min(1, abs(gold.evalf()))
     return verify(gold, answer, numeric_precision=1000, timeout_seconds=None)
 
 
-def work(deadline, memory_gb):
-    """A grader's worker: replies with a word to each JSON line [gold, answer], and ends with its parent.
+def work(workers, deadline, memory_gb):
+    """The grader's worker: replies to each line of questions with a line, and ends with its parent.
 
-    This process only imports sympy. A fork of it does the work. At the deadline the kernel ends the fork by an alarm
-    that nobody handles, and the next fork is there at once, where importing sympy again would take a second.
+    This process only imports sympy. For each question it forks, `workers` at a time. At the deadline the kernel ends
+    the fork by an alarm that nobody handles, and where the import would take a second, a fork takes milliseconds.
     """
+    import gc
     import logging
 
     logging.disable()
+    gc.disable()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     same(r"\sqrt{3}-\frac{x^{2}}{2}", r"-\frac{x^{2}}{2}+\sqrt{3}")  # imports and prepares what is needed
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    replies = os.fdopen(os.dup(1), "w")
     for stream in (1, 2):  # a library's output is not a reply
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     if sys.platform != "darwin":  # macOS does not know this limit
         limit, hard = int(memory_gb * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    while child := os.fork():
-        status = os.waitpid(child, 0)[1]
-        if status == 0:  # there are no more questions
-            return
-        replies.write(b"time-out\n" if status == signal.SIGALRM else b"crash\n")
-    for line in sys.stdin.buffer:
-        gold, answer = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, deadline)
-        try:
-            right = same(gold, answer)
-        except Exception:  # it cannot be read, or sympy cannot compare it
-            right = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(b"right\n" if right else b"wrong\n")
+    meanings = {0: "right", 256: "wrong", signal.SIGALRM: "time-out"}
+    for line in sys.stdin:
+        questions, forks, statuses = json.loads(line), [], {}
+        while len(statuses) < len(questions):
+            if len(forks) < len(questions) and len(forks) - len(statuses) < workers:
+                forks.append(os.fork())
+                if forks[-1] == 0:
+                    signal.setitimer(signal.ITIMER_REAL, deadline)
+                    try:
+                        right = same(*questions[len(forks) - 1])
+                    except Exception:  # it cannot be read, or sympy cannot compare it
+                        right = False
+                    os._exit(not right)
+            else:
+                fork, status = os.wait()
+                statuses[fork] = status
+        print(json.dumps([meanings.get(statuses[fork], "crash") for fork in forks]), file=replies, flush=True)
 
 
 # ---- Evaluation ----
@@ -724,6 +707,7 @@ def vllm_sampler(args, tokenizer, device):
 def hf_sampler(args, tokenizer, device):
     """A sampler for evaluate: transformers' generate, without the model's own settings for it (top-k, penalties)."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -735,15 +719,16 @@ def hf_sampler(args, tokenizer, device):
         how = {"max_new_tokens": args.max_new_tokens, "eos_token_id": stops, "pad_token_id": max(0, stops[0])}
         if temperature > 0:
             how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": args.top_p}
-        rows = [ids for ids in prompt_ids for _ in range(n)]
-        width = max(map(len, rows))  # padded on the left: all prompts end at one place
-        input_ids = torch.tensor([[-1] * (width - len(ids)) + ids for ids in rows], device=device)  # [B, S]
+        rows = [torch.tensor(ids, device=device) for ids in prompt_ids for _ in range(n)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")  # [B, S], all end at one place
         torch.manual_seed(seed)
-        output = model.generate(input_ids.clamp(min=0), attention_mask=(input_ids >= 0).long(),
+        output = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
                                 generation_config=GenerationConfig(**how))  # [B, S + T]
-        ends = [next((t + 1 for t, token in enumerate(ids) if token in stops), 0) for ids in output[:, width:].tolist()]
-        return [Completion(ids[:end] if end else ids, "stop" if end else "length")
-                for ids, end in zip(output[:, width:].tolist(), ends)]
+        completions = []
+        for ids in output[:, ids.shape[1]:].tolist():
+            end = next((t + 1 for t, token in enumerate(ids) if token in stops), None)
+            completions.append(Completion(ids[:end], "stop" if end else "length"))
+        return completions
 
     return sample
 
@@ -780,8 +765,8 @@ def parse_args():
     for name in ("n", "limit", "max_new_tokens"):
         check(getattr(args, name) is None or getattr(args, name) >= 1, f"--{name} must be at least 1")
     check((args.model is None) != (args.compare is None), "give either --model, or --compare OUT1 OUT2")
-    check(0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}")
     check(args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1")
+    check(0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}")
     check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
     check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     check(args.sampler in ("auto", "hf", "vllm"), "--sampler must be auto, hf or vllm")
@@ -816,10 +801,18 @@ def main():
     if args.compare:
         return compare(*args.compare)
     tokenizer, args.max_prompt_tokens = load_tokenizer(args.model), math.inf
+    most, args.max_new_tokens = args.max_new_tokens, 1  # enough for load_prompts
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
+    args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
     names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names}  # they are kept in every row
+    folder, finished = Path(args.out or os.devnull), {}
+    files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
+    for name, file in files.items():
+        if file.exists():
+            finished[name] = rows = read_file(str(file))
+            check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
     import torch
     import torch.distributed as dist
 
@@ -834,15 +827,13 @@ def main():
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
     sampler = None
     with Grader() as grader:
-        for name, problems in benchmarks.items():
-            file = Path(args.out or os.devnull, re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
-            if file.exists():
-                result = summarize(rows := read_file(str(file)))
-                check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
+        for name, file in files.items():
+            if name in finished:
+                result = summarize(finished[name])
             else:
                 sampler = sampler or (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
                 how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-                result = evaluate(sampler, tokenizer, problems, grader, *how)
+                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
                 if args.out and RANK == 0:
                     aside = file.with_suffix(".part")
                     aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
@@ -856,7 +847,7 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(float(sys.argv[2]), float(sys.argv[3]))
+        work(*map(float, sys.argv[2:]))
     else:
         signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
         main()

@@ -219,7 +219,7 @@ def test_gold_against_itself(name, grader):
     verdicts = grader.grade_all([(boxed(gold), problem["answer"]) for gold, problem in zip(golds, problems)])
     assert [gold for gold, verdict in zip(golds, verdicts) if not verdict] == []
     hard = [row["answer"] for row in problems if ev.judge_text(row["answer"], "?") is None][::1 if name == "math500" else 4]
-    replies = grader.threads.map(grader.ask, zip(hard, hard))  # not by their text, but by math-verify
+    replies = grader.ask(list(zip(hard, hard)))  # not by their text, but by math-verify
     unread = [gold for gold, reply in zip(hard, replies) if reply != "right"]
     assert all(re.search(r"\d_|[EM]_|gamma|\\mho|hbar|t\(0", gold) for gold in unread), unread  # those are right as texts only
     others = [(gold, other) for gold, other in zip(golds, golds[1:]) if gold.split("=")[-1] != other.split("=")[-1]]
@@ -334,11 +334,9 @@ def test_hostile_answers(answers):
 
 @pytest.mark.long
 def test_hostile_golds():
-    """A gold that hangs is not readable, and its answer is wrong."""
-    golds = {answer for answer in HOSTILE if ev.clean(answer) and len(answer) < 500}
-    with ev.Grader(workers=2, deadline=2.0) as grader:
-        readable = grader.readable({ev.clean(gold) for gold in golds})
-        assert not {"?", "\\", "\\frac{" * 60} & readable
+    """No answer is right for a gold that hangs."""
+    golds = [answer for answer in HOSTILE if ev.clean(answer) and len(answer) < 500]
+    with ev.Grader(workers=2, deadline=1.0) as grader:
         assert not any(grader.grade_all([(boxed("7"), gold) for gold in golds]))
 
 
@@ -347,9 +345,9 @@ def test_memory_limit():
     """A worker that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
     with ev.Grader(workers=1, deadline=30, memory_gb=0.5) as grader:
         assert not grader.grade(boxed("2^{2^{33}}"), r"\sqrt{7}")  # one gigabyte, and more while it is computed
-        peak = max(int(re.search(r"VmPeak:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1])
-                   for worker in grader.running.values()) if sys.platform == "linux" and grader.running else 0  # fmt: skip
-        assert peak <= 2**19  # KiB
+        if sys.platform == "linux":
+            status = Path(f"/proc/{grader.worker.pid}/limits").read_text()
+            assert int(re.search(r"Max address space\s+(\d+)", status)[1]) == 2**29  # its forks have the same
         assert grader.grade(boxed("1+x"), "x+1")
         assert grader.timeouts == 0
 
@@ -364,7 +362,7 @@ def test_duplicates_are_graded_once():
 def test_dead_worker_is_replaced():
     with ev.Grader(workers=1) as grader:
         assert grader.grade(boxed("x+1"), "1+x")
-        os.kill(next(iter(grader.running.values())).pid, signal.SIGKILL)
+        os.kill(grader.worker.pid, signal.SIGKILL)
         time.sleep(0.2)
         assert grader.grade(boxed("x+2"), "2+x")
 
@@ -373,47 +371,31 @@ def test_question_of_a_killed_worker_is_asked_again():
     """Killed from outside (by the kernel that is short of memory, say) while it has a question; its fork as well."""
     with ev.Grader(workers=1) as grader:
         assert grader.grade(boxed("x+1"), "1+x")
-        (worker,) = grader.running.values()
-        os.killpg(worker.pid, signal.SIGSTOP)  # so that it has the question for as long as we want
-        threading.Timer(0.5, os.killpg, (worker.pid, signal.SIGKILL)).start()
+        os.killpg(grader.worker.pid, signal.SIGSTOP)  # so that it has the question for as long as we want
+        threading.Timer(0.5, os.killpg, (grader.worker.pid, signal.SIGKILL)).start()
         assert grader.grade(boxed("x+2"), "2+x")
         assert grader.crashes == grader.timeouts == 0
 
 
-def test_from_threads(grader):
-    verdicts = {}
-
-    def ask(i):
-        verdicts[i] = grader.grade_all([(boxed(f"{i}+x"), f"x+{i}"), (boxed(f"{i}+x"), f"x+{i + 1}")])
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert verdicts == {i: [True, False] for i in range(8)}
-
-
-def test_worker_that_cannot_start(tmp_path):
+def test_worker_that_cannot_start(capsys):
+    """In one line, on any rank."""
     with ev.Grader(workers=1) as grader:
         grader.command = [sys.executable, "-c", "raise ImportError('no sympy here')"]
-        with pytest.raises(RuntimeError, match="did not start"):
+        with pytest.raises(SystemExit) as caught:
             grader.grade(boxed("x+1"), "1+x")
+    assert caught.value.code == 1 and "worker ended twice" in capsys.readouterr().err
 
 
 PARENT = """
-import sys, threading
+import subprocess, sys
 sys.path.insert(0, {root!r})
 import eval as ev
 grader = ev.Grader(workers=2, deadline=2.0)
 assert grader.grade("\\\\boxed{{x+1}}", "1+x")
-thread = threading.Thread(target=grader.grade, args=("\\\\boxed{{9^{{9^{{9^{{9}}}}}}}}", "\\\\sqrt{{5}}"), daemon=True)
-thread.start()
-import time
-time.sleep(0.5)
-grader.grade("\\\\boxed{{x+2}}", "2+x")
-print(*[worker.pid for worker in grader.running.values()], flush=True)
-time.sleep(600)
+print(grader.worker.pid, flush=True)
+if {hangs}:
+    grader.grade("\\\\boxed{{9^{{9^{{9^{{9}}}}}}}}", "\\\\sqrt{{5}}")
+sys.stdin.read()
 """
 
 
@@ -429,16 +411,18 @@ def is_alive(pid):
 
 @pytest.mark.long
 def test_no_orphans_when_parent_is_killed():
-    """One worker idle, one hanging in sympy: both end by themselves."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2 and all(map(is_alive, pids))
-    parent.kill()
-    parent.wait()
-    deadline = time.time() + 2 + 5 + 5
-    while any(map(is_alive, pids)) and time.time() < deadline:
-        time.sleep(0.2)
-    alive = [pid for pid in pids if is_alive(pid)]
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert alive == []
+    """Whether the worker is idle or hangs in sympy: it ends by itself."""
+    for hangs in (False, True):
+        command = [sys.executable, "-c", PARENT.format(root=str(ROOT), hangs=hangs)]
+        parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pid = int(parent.stdout.readline())
+        time.sleep(0.5)
+        assert is_alive(pid)
+        parent.kill()
+        parent.wait()
+        end = time.time() + 2 + 10
+        while (alive := is_alive(pid)) and time.time() < end:
+            time.sleep(0.2)
+        if alive:
+            os.kill(pid, signal.SIGKILL)
+        assert not alive, hangs
