@@ -142,8 +142,8 @@ def usable(rows, name):
         if problem and re.search(r"\w", gold) and gold.count("{") == gold.count("}") and len(words) <= 12:
             kept.append({**row, "problem": problem, "answer": gold})
     if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer without a letter or "
-            "digit, with open braces, or of more than a dozen words; a solution needs \\boxed{} or ####")
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer without a letter "
+            "or digit, with open braces, or of more than a dozen words; a solution needs \\boxed{} or ####")
     check(kept, f"{name}: no row of {len(rows)} has a problem and an answer")
     return kept
 
@@ -192,8 +192,8 @@ def read_hub(name, split):
     try:
         rows = datasets.load_dataset(hub_id, configuration, split=splits[split == "test"])
     except Exception as error:  # of a dozen kinds, and all mean that the data cannot be had
-        fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl file, or set HF_HOME to "
-             "a cache that holds it, and HF_HUB_OFFLINE=1")
+        fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl file, or set HF_HOME "
+             "to a cache that holds it, and HF_HUB_OFFLINE=1")
     if name == "dapo":  # each problem is in there a hundred times
         places = {key: place for place, key in enumerate(rows.flatten()["extra_info.index"])}
         rows = rows.select(sorted(places.values()))
@@ -720,7 +720,7 @@ def hf_sampler(args, tokenizer, device):
         if temperature > 0:
             how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": args.top_p}
         rows = [torch.tensor(ids, device=device) for ids in prompt_ids for _ in range(n)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")  # [B, S], all end at one place
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")  # [B, S], the same end
         torch.manual_seed(seed)
         output = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
                                 generation_config=GenerationConfig(**how))  # [B, S + T]
@@ -787,7 +787,7 @@ def compare(first, second):
     for file in common:
         rows = [read_file(str(file)), read_file(str(Path(second, file.name)))]
         problems = [list(dict.fromkeys(row["problem"] for row in part)) for part in rows]
-        check(problems[0] == problems[1], f"--compare: {file.name} has other problems, or in another order, in {second}")
+        check(problems[0] == problems[1], f"--compare: {file.name} has other problems, or another order, in {second}")
         before, after = map(summarize, rows)
         deltas = numpy.subtract(after["means"], before["means"])  # [problems]
         draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))

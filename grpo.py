@@ -290,10 +290,10 @@ def main():
             phase("grading")
             texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
             problems = [row for row in rows for _ in range(args.group_size)]
-            rewards = torch.tensor(np.array(rewards_of(texts, problems, grader), np.float32), device=device)  # None: nan
-            finite = len(rewards) == len(texts) and rewards.isfinite().all()
-            check(finite, "rewards_of must return one finite number per completion")
-            rewards = rewards.view(share, -1)  # [P, G]
+            rewards = rewards_of(texts, problems, grader)
+            good = len(rewards) == len(texts) and all(value is not None and math.isfinite(value) for value in rewards)
+            check(good, "rewards_of must return one finite number per completion")
+            rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
             phase("training")
             optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
             metrics, advantages = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
@@ -545,7 +545,7 @@ COLUMNS = ["step", "reward", "zero_variance", "length", "truncated", "entropy", 
 
 def parse_args():
     """The flags over those of the resumed run, or without --model over TOY, over the defaults. All are checked."""
-    parser = HfArgumentParser(Args, description=f"Without --model: {TOY}", allow_abbrev=False)
+    parser = HfArgumentParser(Args, description=f"{__doc__.splitlines()[0]} Without --model: {TOY}", allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args()
     saved = {} if given.model else TOY

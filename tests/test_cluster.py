@@ -161,15 +161,15 @@ def test_killed_grader_worker(tmp_path):
 
 
 def test_ranks_draw_the_same(tmp_path):
-    """1, 2 and 3 ranks: the same completions and rewards in five steps, although each has other prompts and batches."""
+    """1 and 2 ranks: the same completions and rewards in three steps, although each has other prompts and batches."""
     rows = {}
-    for ranks in (None, 2, 3):
+    for ranks in (None, 2):
         run = tmp_path / str(ranks)
-        done = launch(["grpo.py", "--prompts_per_step", 12, "--steps", 5, "--eval_dataset", "", "--output_dir", run], ranks=ranks)
+        done = launch(["grpo.py", "--prompts_per_step", 12, "--steps", 3, "--eval_dataset", "", "--output_dir", run], ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         samples = [line for line in (run / "samples.jsonl").read_text().splitlines()]  # of rank 0: its first four
         rows[ranks] = samples, [(row["reward"], row["length"]) for row in metrics(run)]
-    assert rows[None] == rows[2] == rows[3]
+    assert rows[None] == rows[2]
 
 
 @pytest.fixture(scope="module")

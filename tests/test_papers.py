@@ -539,7 +539,7 @@ TOYS = {  # flags with which the clip or the choice is at work
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", PAPERS if os.environ.get("GRPO_TOYS") else ["dynamic_sampling"])  # minutes
+@pytest.mark.parametrize("name", PAPERS if os.environ.get("GRPO_TOYS") else ["krpo"])  # minutes
 def test_toy_run(paper_folder, tmp_path, name):
     """As a script, in a checkout's root: the reward climbs as grpo.py's does."""
     arguments = [f"{name}.py", *TOYS[name], "--output_dir", tmp_path / "run"]

@@ -72,7 +72,7 @@ def test_a_run_that_fails_is_named_in_one_line(tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit) as stopped:
         pretrained.main()
     said = capfd.readouterr().err
-    assert stopped.value.code == 1 and "error: grpo.py --steps=2" in said and "error: --lr -1" in said
+    assert stopped.value.code == 1 and "error: grpo.py --steps=2" in said and "--lr must be from 0" in said
     assert not (tmp_path / "grpo").exists()
 
 
