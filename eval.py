@@ -122,6 +122,8 @@ def usable(rows, name):
                        for sets in (PROBLEMS, ANSWERS))
     has = f"has the columns {', '.join(columns.values())}" if columns else "is empty"
     check(asked and answered, f"{name} {has}: it needs one of {', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
+    needed = ("it needs a problem, and an answer with a letter or digit, of at most a dozen words, without open braces; "
+              "a solution needs \\boxed{} or ####")
     asked, answered, kept = asked[0], answered[0][0], []
     unused = {"context", "passage", *" ".join(PROBLEMS).split()} & columns.keys() - {*asked}
     if unused:
@@ -142,9 +144,8 @@ def usable(rows, name):
         if problem and re.search(r"\w", gold) and gold.count("{") == gold.count("}") and len(words) <= 12:
             kept.append({**row, "problem": problem, "answer": gold})
     if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: no problem, or an answer without a letter "
-            "or digit, with open braces, or of more than a dozen words; a solution needs \\boxed{} or ####")
-    check(kept, f"{name}: no row of {len(rows)} has a problem and an answer")
+        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: {needed}")
+    check(kept, f"{name}: no row of {len(rows)} can be used: {needed}")
     return kept
 
 
@@ -787,7 +788,7 @@ def compare(first, second):
     for file in common:
         rows = [read_file(str(file)), read_file(str(Path(second, file.name)))]
         problems = [list(dict.fromkeys(row["problem"] for row in part)) for part in rows]
-        check(problems[0] == problems[1], f"--compare: {file.name} has other problems, or another order, in {second}")
+        check(problems[0] == problems[1], f"{file.name} has other problems, or in another order, in {second}")
         before, after = map(summarize, rows)
         deltas = numpy.subtract(after["means"], before["means"])  # [problems]
         draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))

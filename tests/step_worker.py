@@ -41,6 +41,13 @@ VARIANTS = {
     "cispo": {"clip": {**SEVERAL, "clip_low": 1.0}},
     "krpo": {"krpo": {}},
     "pods": {"pods": {"keep": 3}},
+    "repo": {"repo": {}, "clip": SEVERAL},
+    "alpha_dpo": {"alpha": {}},
+    "flowrl": {"flowrl": {}, "clip": SEVERAL},
+    "astar_po": {"astar": {"beta": 0.1}},
+    "tw_grpo": {"tw": {}, "clip": SEVERAL},
+    "g2rpo_a": {"g2rpo": {}},
+    "rc_grpo": {"rc": {}},
 }
 
 
@@ -87,7 +94,8 @@ def train(script, steps=1, shared_prefixes=True, equal=0, **changes):
     mine = slice(rank * share, (rank + 1) * share)
     args = script.Args(**{**script.TOY, "prompts_per_step": PROMPTS, "model": str(TINY), **changes})
     policy = script.load_policy(args, torch.device("cpu"))
-    reference = script.load_policy(args, torch.device("cpu"), trainable=False) if args.beta else None
+    frozen = args.beta or script.SCRIPT == "alpha_dpo"
+    reference = script.load_policy(args, torch.device("cpu"), trainable=False) if frozen else None
     if hasattr(args, "lam_init"):
         policy.register_buffer("lam", torch.tensor(args.lam_init))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
@@ -97,7 +105,9 @@ def train(script, steps=1, shared_prefixes=True, equal=0, **changes):
             completions[rank * share * GROUP : (rank + 1) * share * GROUP], rewards[mine],
         )
     assert advantages.shape == (share, GROUP)
-    return metrics, {key: tensor.clone() for key, tensor in script.full_weights(policy, torch.float32)}
+    weights = {key: tensor.clone() for key, tensor in script.full_weights(policy, torch.float32)}
+    own = {key: tensor.full_tensor().clone() for key, tensor in policy.named_parameters() if not key.startswith("model.")}
+    return metrics, weights | own
 
 
 def run_case(case):

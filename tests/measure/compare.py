@@ -25,6 +25,7 @@ import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, NamedTuple
 from unittest.mock import patch
@@ -522,7 +523,10 @@ def main():
     text = table(args, found)
     (args.output / "table.md").write_text(text)
     print(text)
-    draw(args, found)
+    if find_spec("matplotlib"):
+        draw(args, found)
+    else:
+        print("no picture was drawn, because matplotlib is missing: install it, and start the same command again")
 
 
 if __name__ == "__main__":
