@@ -1,4 +1,7 @@
-"""gpu.py runs on a CPU and names the items that it did not run; --fits counts what torch's allocator hands out."""
+"""gpu.py runs on a CPU and names the items that it did not run; --fits counts what torch's allocator hands out.
+
+And the scripts take their ways for CUDA on a CPU: a policy and a sampler in bf16, and layers that are checkpointed.
+"""
 
 import json
 import re
@@ -9,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import launch
+from conftest import launch, metrics
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
@@ -106,3 +109,40 @@ def test_the_simulated_table(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         gpu.main()
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: --fits 12")
+
+
+CARD = """import sys
+import torch
+import {script} as script
+sys.argv[0] = "{script}.py"
+class Card(str):  # to torch it is the CPU, to the script a GPU
+    type = "cuda"
+join, mesh = script.join_ranks, script.dist.init_device_mesh
+script.join_ranks = lambda minutes: Card(join(minutes))
+script.dist.init_device_mesh = lambda kind, *shape, **names: mesh("cpu", *shape, **names)
+torch.cuda.mem_get_info = lambda: (0, 0)
+if {stale}:
+    load, done = script.HFSampler.load, []
+    script.HFSampler.load = lambda self, tensors: [*tensors] if done else done.append(load(self, tensors))
+script.main()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script, ranks, steps, stale", [
+    ("grpo", None, 10, False), ("grpo", None, 4, True), ("grpo_lambda_traces", 2, 2, False),
+])
+def test_a_run_as_on_a_gpu(script, ranks, steps, stale, tmp_path):
+    """The toy learns, and sampler and trainer agree as bf16 does; a sampler with stale weights is seen."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(CARD.format(script=script, stale=stale))
+    done = launch([driver, "--steps", steps, "--eval_dataset", "", "--output_dir", tmp_path / "run"], ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = metrics(tmp_path / "run")
+    assert "x cuda, HFSampler" in done.stdout
+    assert 1e-5 < rows[0]["logp_diff"] < 0.005  # bf16 against bf16, in other orders
+    assert (max(row["logp_diff"] for row in rows) < 0.005) != stale
+    assert steps == 2 or stale or rows[-1]["reward"] > rows[0]["reward"] + 0.3
+    import safetensors.torch
+    weights = safetensors.torch.load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
