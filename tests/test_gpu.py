@@ -5,6 +5,8 @@ And the scripts take their ways for CUDA on a CPU: a policy and a sampler in bf1
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import gpu
@@ -27,15 +29,16 @@ def test_every_item_runs_on_a_cpu_as_far_as_it_can(tmp_path):
     names = [item.__name__ for item in gpu.ITEMS if item is not gpu.compiled]  # it takes minutes
     done = launch(["tests/measure/gpu.py", "--only", *names, "--json", tmp_path / "gpu.json"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    items = json.loads((tmp_path / "gpu.json").read_text())["items"]
-    assert list(items) == names
-    for name, row in items.items():
+    rows = json.loads((tmp_path / "gpu.json").read_text())
+    assert [key.split()[0] for key in rows] == names
+    for name, row in zip(names, rows.values()):
         assert re.search(rf"^{row['verdict']} +{name} ", done.stdout, re.M) and row["numbers"]
         if not torch.cuda.is_available():
             assert row["verdict"] == "not run" and row["text"].startswith("no GPU; on this CPU it holds")
 
 
-def test_an_item_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys, tmp_path):
+def test_an_item_that_fails_is_a_row(alone_here):
+    """Whatever it raises; and one that is out of its bounds."""
     def broken(here):
         raise RuntimeError("the card\nis on fire")
 
@@ -46,19 +49,46 @@ def test_an_item_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys, 
         return {"a": 1.0, "b": 3.0}, {"b": (0, 2)}
 
     def fine(here):
-        assert list(json.loads((tmp_path / "gpu.json").read_text())["items"]) == ["broken", "fails", "outside"]
         return {"not_measured": float("nan")}, {"not_measured": (0, 1)}
 
-    monkeypatch.setattr(gpu, "ITEMS", {broken: "one", fails: "two", outside: "three", fine: "four"})
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--json", str(tmp_path / "gpu.json")])
+    rows = [gpu.outcome(alone_here, item) for item in (broken, fails, outside, fine)]
+    assert [row["verdict"] for row in rows][:3] == ["does not hold"] * 3 and rows[3]["verdict"] != "does not hold"
+    assert rows[0]["text"] == "RuntimeError: the card is on fire" and rows[2]["text"] == "a 1, b 3 (0 to 2)"
+    assert rows[3]["numbers"] == {"not_measured": None}
+
+
+@pytest.fixture
+def alone_here():
+    """This machine, in a process group of its own."""
+    yield gpu.Here("tiny")
+    dist.destroy_process_group()
+
+
+def test_an_item_that_kills_its_process_is_a_row_and_the_next_one_runs(monkeypatch, capsys, tmp_path):
+    """The numbers are in the file after each item, beside those of an earlier command."""
+    file, asked = tmp_path / "new" / "gpu.json", []
+    file.parent.mkdir()
+    file.write_text('{"toy 0.5B": {}}')
+
+    def run(command, env):
+        asked.append(command[command.index("--item") + 1])
+        assert len(json.loads(file.read_text())) == len(asked)
+        if asked[-1] == "head":
+            row = {"verdict": "holds", "text": "", "numbers": {}, "seconds": 1, "size": "7B/4"}
+            Path(command[-1]).write_text(json.dumps(row))
+        return SimpleNamespace(returncode=-9)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--only", "where", "head", "--size", "7B/4", "--json", str(file)])
     with pytest.raises(SystemExit) as stop:
         gpu.main()
-    assert stop.value.code == 1 and "3 does not hold" in capsys.readouterr().out
-    items = json.loads((tmp_path / "gpu.json").read_text())["items"]
-    assert [row["verdict"] for row in items.values()][:3] == ["does not hold"] * 3
-    assert items["broken"]["text"] == "RuntimeError: the card is on fire"
-    assert items["outside"]["text"] == "a 1, b 3 (0 to 2)"
-    assert items["fine"]["verdict"] != "does not hold" and items["fine"]["numbers"] == {"not_measured": None}
+    assert stop.value.code == 1 and "its process ended with code -9" in capsys.readouterr().out
+    assert list(json.loads(file.read_text())) == ["toy 0.5B", "where 7B/4", "head 7B/4"]
+
+
+def test_the_three_commands_are_all_items():
+    named = re.findall(r"--only ([a-z0-9 ]+)$", gpu.__doc__, re.M)
+    assert {name for names in named for name in names.split()} == {item.__name__ for item in gpu.ITEMS} and len(named) == 3
 
 
 def test_operations_are_those_of_the_matrix_products():

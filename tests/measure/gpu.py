@@ -1,16 +1,22 @@
 """The first script to run on a machine with GPUs: a table of items that hold there, do not hold, or were not run.
 
-    python tests/measure/gpu.py                                      one GPU, the shape of Qwen2.5-0.5B, some minutes
-    python tests/measure/gpu.py --size 1.5B                          another size
+On one GPU, three commands of at most ten minutes each, the most valuable items first:
+
+    python tests/measure/gpu.py --json $OUT/gpu.json --size 1.5B --only toy numerics sampler step4k memory
+    python tests/measure/gpu.py --json $OUT/gpu.json --size 1.5B --only compiled where step2k checkpointing head equal
+    python tests/measure/gpu.py --json $OUT/gpu.json --size 7B/4 --only step4k micro same resume
+
+Others:
+
     torchrun --nproc_per_node=8 tests/measure/gpu.py --size 7B       eight GPUs
-    python tests/measure/gpu.py --only numerics step4k               some of the items
     python tests/measure/gpu.py --fits 8 --size 7B                   no GPU: a step's memory on each of eight, simulated
 
-Nothing is downloaded: the weights are random, and the tokenizer is that of tests/tiny. --json gets the numbers after
-each item. If an item raises, its line of the table says so, and the next one runs. The exit code is 1 if any item does
-not hold. Under torchrun all ranks do an item together; if one rank fails alone, the job ends after ten minutes. Without
-a GPU every item is "not run", but its code runs on a tiny model with short sequences, and an item that fails even there
-does not hold. README.md in this folder says how the simulation of --fits works, and where it ends.
+Nothing is downloaded: the weights are random, and the tokenizer and the toy are those of tests/tiny, so neither vLLM nor
+math-verify is needed. Each item runs in a process of its own, and its numbers are added to the file of --json at once.
+If an item fails, its line of the table says so, and the next one runs. The exit code is 1 if any item does not hold.
+Under torchrun all ranks do an item together; if one rank fails alone, the item ends after ten minutes. Without a GPU
+every item is "not run", but its code runs on a tiny model with short sequences, and an item that fails even there does
+not hold. README.md in this folder says how the simulation of --fits works, and where it ends.
 """
 
 import argparse
@@ -22,6 +28,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,6 +64,7 @@ SHAPES = {  # of Qwen2.5: hidden, intermediate, layers, heads, key-value heads, 
     "tiny": (128, 256, 2, 4, 2, 4096, True),
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "7B/4": (3584, 18944, 7, 28, 4, 152_064, False),  # a quarter of its layers fits on one card
     "7B": (3584, 18944, 28, 28, 4, 152_064, False),
 }
 NODE = 8  # GPUs
@@ -265,13 +273,14 @@ def compare(one, other):
     return dot / math.sqrt(one * other), math.sqrt(difference / one), math.sqrt(other / one)
 
 
-def training_step(here, longest, compile=False):
+def training_step(here, longest, compile=False, budget=None, equal=0):
     """(a function that makes a step by grpo.train_step, {tokens, longest, micro_batches, operations} of this rank).
 
     The completions are made up, with long-tailed lengths, most about a quarter of the longest: 64 on a GPU, 8 on a CPU.
+    budget: tokens of a micro-batch. equal: the share of groups whose rewards are all the same.
     """
     prompts, group_size, prompt = (8, 8, 256) if here.gpu else (2, 4, 8)
-    longest, budget = longest // here.shrink, grpo.Args().micro_batch_tokens // here.shrink
+    longest, budget = longest // here.shrink, (budget or grpo.Args().micro_batch_tokens) // here.shrink
     generator = torch.Generator().manual_seed(RANK)
     lengths = (longest / 4 * (0.8 * torch.randn(prompts * group_size, generator=generator)).exp()).long()
     lengths[0] = longest
@@ -284,6 +293,7 @@ def training_step(here, longest, compile=False):
     optimizer, asked = with_optimizer(policy), [draw(prompt) for _ in range(prompts)]
     completions = [grpo.Completion(draw(n), "stop", [-math.log(vocabulary)] * n) for n in lengths]
     rewards = (torch.arange(len(lengths), device=here.device) % 2).float().view(prompts, group_size)
+    rewards[: round(equal * prompts)] = 1.0
     totals = [prompt + length for length in lengths]
     plan = grpo.micro_batches(totals, [True] * len(totals), budget, here.device)
     work = {"tokens": sum(totals), "longest": max(totals), "micro_batches": len(plan)}
@@ -352,7 +362,11 @@ def step2k(here, longest=2048, compile=False):
     peak = 1e12 * next((PEAKS[name] for name in PEAKS if name in here.card), math.nan)
     numbers = {**work, "seconds_first": first, "seconds": seconds, "tokens_per_second": work["tokens"] / seconds}
     numbers |= {"share_of_peak": work["operations"] / seconds / peak, "grad_norm": metrics["grad_norm"]}
-    numbers["gb_allocated"] = torch.cuda.max_memory_allocated() / 1e9 if here.gpu else math.nan
+    if here.gpu:
+        unused = lambda: (torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 1e9  # noqa: E731
+        numbers |= {"gb_allocated": torch.cuda.max_memory_allocated() / 1e9, "gb_unused": unused()}
+        torch.cuda.empty_cache()  # as before vLLM wakes up: can the allocator give back what AdamW's states lie between?
+        numbers["gb_unused_after_empty_cache"] = unused()
     return numbers, {"grad_norm": (1e-6, math.inf)}
 
 
@@ -364,10 +378,76 @@ def step4k(here):
 def compiled(here):
     """--compile: the same gradients, and the step at 4096 tokens once more; its first one pays for the compilation."""
     batch = here.batch(4, 64, 448)
-    eager, fused = (here.second_pass(batch, compile=way)[3] for way in (False, True))
+    fp32, eager, fused = (here.second_pass(batch, **way)[3] for way in ({"bf16": False}, {}, {"compile": True}))
     numbers, bounds = step2k(here, 4096, compile=True)
-    numbers["gradient_difference"] = compare(eager, fused)[1]
-    return numbers, {**bounds, "gradient_difference": (0, 0.02)}
+    numbers |= {"cosine_eager": compare(fp32, eager)[0], "cosine": compare(fp32, fused)[0]}
+    return numbers, {**bounds, "cosine": (0.99, 1.01)}
+
+
+def micro(here):
+    """Tokens a second with micro-batches of 8k, 16k and 32k tokens."""
+    numbers = {}
+    for thousands in (8, 16, 32):
+        one_step, work = training_step(here, 4096, budget=thousands * 1024)
+        one_step()
+        numbers[f"tokens_per_second_{thousands}k"] = work["tokens"] / here.measured(one_step)[1]
+        del one_step
+        gc.collect()
+    return numbers, {}
+
+
+def equal(here):
+    """A step in which half of the groups have equal rewards, and are left out, against one with all."""
+    seconds = []
+    for share in (0.0, 0.5):
+        one_step, _ = training_step(here, 4096, equal=share)
+        one_step()
+        seconds.append(statistics.median(here.measured(one_step)[1] for _ in range(3 if here.gpu else 1)))
+        del one_step
+        gc.collect()
+    return {"time": seconds[1] / seconds[0]}, {}
+
+
+def same(here):
+    """The tiny model in fp32, on this device against the CPU: log-probabilities."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    input_ids = torch.randint(1, 17, (8, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cpu, there = (model.to(device)(input_ids.to(device)).logits.log_softmax(-1).cpu() for device in ("cpu", here.device))
+    return {"logp_max": (cpu - there).abs().max().item()}, {"logp_max": (0, 2e-3)}
+
+
+def run_toy(here, *flags):
+    """grpo.py as a user starts it, without vLLM: the rows of its metrics.jsonl. Not under torchrun."""
+    if WORLD > 1:
+        raise RuntimeError("only on one GPU")
+    run = Path(flags[-1])
+    command = [sys.executable, ROOT / "grpo.py", "--sampler", "hf", *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-300:])
+    return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def toy(here):
+    """The toy with a bf16 policy and sampler (two steps on a CPU): it has to learn, and the sampler to agree."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_toy(here, "--steps", 25 if here.gpu else 2, "--output_dir", f"{folder}/run")
+    seconds = statistics.median(sum(row[key] for key in row if key.startswith("seconds_")) for row in rows)
+    numbers = {"reward_first": rows[0]["reward"], "reward_last": rows[-1]["reward"], "seconds_per_step": seconds}
+    numbers |= {"accuracy": rows[-1]["eval_accuracy"], "logp_diff": max(row["logp_diff"] for row in rows)}
+    return numbers, {"logp_diff": (0, 0.02), **({"accuracy": (0.85, 1)} if here.gpu else {})}
+
+
+def resume(here):
+    """Four steps of the toy against two, and two more after --resume: the largest difference in reward."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--eval_dataset", "", "--save_every", 2)
+        whole = run_toy(here, *flags, "--steps", 4, "--output_dir", f"{folder}/whole")
+        run_toy(here, *flags, "--steps", 2, "--output_dir", f"{folder}/run")
+        parts = run_toy(here, "--steps", 4, "--resume", f"{folder}/run")
+    gaps = [abs(one["reward"] - other["reward"]) for one, other in zip(whole, parts, strict=True)]
+    return {"reward_difference": max(gaps)}, {"reward_difference": (0, 0.05)}
 
 
 def where(here):
@@ -438,16 +518,18 @@ def sampler(here):
         rewards = (torch.arange(len(completions), device=here.device) % 2).float().view(len(prompts), -1)
         metrics, _ = grpo.train_step(policy, None, optimizer, args, prompts, completions, rewards)
         numbers["logp_diff"] = max(numbers["logp_diff"], metrics["logp_diff"])
-    return numbers, {"logp_diff": (0, 0.05), **({"gb_asleep": (0, 3)} if numbers["vllm"] else {})}
+    return numbers, {"logp_diff": (0, 0.05)}
 
 
 # The table ------------------------------------------------------------------------------------------------------------
 
 ITEMS = {
-    numerics: "bf16 against fp32", checkpointing: "gradient checkpointing, on / off",
-    head: "the head, chunks / full logits", step2k: "a training step of 2048 tokens",
-    step4k: "a training step of 4096 tokens", compiled: "the same with --compile", where: "how its time is spent",
-    memory: "peak memory, GB", sampler: "sampling: start, sleep, load",
+    toy: "grpo.py as it is, bf16", numerics: "bf16 against fp32", sampler: "sampling: start, sleep, load",
+    step4k: "a training step of 4096 tokens", memory: "peak memory, GB", compiled: "the step with --compile",
+    where: "how its time is spent", step2k: "a training step of 2048 tokens",
+    checkpointing: "gradient checkpointing, on / off", head: "the head, chunks / full logits",
+    equal: "half of the groups equal / none", micro: "micro-batches of 8k, 16k, 32k", same: "fp32 here / on the CPU",
+    resume: "--resume / never stopped",
 }
 
 
@@ -469,9 +551,6 @@ def outcome(here, item):
         holds, text = judge(numbers, bounds)
     except (Exception, SystemExit) as error:  # whatever it is, it is this item's answer, and the next may hold
         holds, numbers, text = False, {}, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    gc.collect()
-    if here.gpu:
-        torch.cuda.empty_cache()
     answers = [None] * WORLD
     dist.all_gather_object(answers, (holds, text))
     holds, text = next((answer for answer in answers if answer[0] is False), answers[0])
@@ -479,7 +558,22 @@ def outcome(here, item):
         holds, text = None, f"no GPU; on this CPU it holds, nan is not measured: {text}"
     numbers = {key: None if number != number else number for key, number in numbers.items()}  # JSON has no nan
     verdict = {True: "holds", False: "does not hold", None: "not run"}[holds]
-    return {"verdict": verdict, "text": text, "numbers": numbers, "seconds": time.perf_counter() - start}
+    machine = {"card": here.card, "ranks": WORLD, "size": here.size, "torch": torch.__version__,
+               "transformers": transformers.__version__}
+    return {"verdict": verdict, "text": text, "numbers": numbers, "seconds": time.perf_counter() - start, **machine}
+
+
+def in_own_process(number, name, size):
+    """The row of an item that runs in a process of its own, so that no error of the device reaches the next one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "row.json")
+        environment = {**os.environ, "TORCHELASTIC_RESTART_COUNT": str(number)}  # torchrun's store holds the last item's keys
+        command = [sys.executable, __file__, "--size", size, "--item", name, "--json", str(path)]
+        code = subprocess.run(command, env=environment).returncode
+        if path.exists():
+            return json.loads(path.read_text())
+    return {"verdict": "does not hold", "text": f"its process ended with code {code}", "numbers": {}, "seconds": math.nan,
+            "size": size}
 
 
 def main():
@@ -488,28 +582,32 @@ def main():
     names = {item.__name__: item for item in ITEMS}
     parser.add_argument("--size", default="0.5B", choices=SHAPES, help="the model's shape (0.5B; on a CPU tiny)")
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="items to run")
-    parser.add_argument("--json", help="file for the numbers (runs/gpu-<time>.json)")
+    parser.add_argument("--json", help="file to which the numbers are added (runs/gpu-<time>.json)")
+    parser.add_argument("--item", choices=names, help=argparse.SUPPRESS)  # in this process, for the one that has the table
     parser.add_argument("--fits", metavar="RANKS", type=int, help="only simulate the memory of a step on so many GPUs")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if options.fits is not None:
         return print_memory(config_of(options.size), options.fits)
-    say = print if RANK == 0 else lambda *_, **__: None
-    here, file = Here(options.size), Path(options.json or f"runs/gpu-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    machine = {"card": here.card, "ranks": WORLD, "size": here.size, "torch": torch.__version__,
-               "transformers": transformers.__version__}
-    say(", ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
-    rows = {}
-    for name in options.only:
-        rows[name] = row = outcome(here, names[name])
-        say(f"{row['verdict']:13}  {name:13}  {ITEMS[names[name]]}, {row['seconds']:.0f} s: {row['text']}", flush=True)
+    file = Path(options.json or f"runs/gpu-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    if options.item:
+        row = outcome(Here(options.size), names[options.item])
+        if RANK == 0:
+            file.write_text(json.dumps(row))
+        return dist.destroy_process_group()
+    rows, verdicts = json.loads(file.read_text()) if file.exists() else {}, []
+    for number, name in enumerate(options.only, start=1):
+        row = in_own_process(number, name, options.size)
+        verdicts.append(row["verdict"])
         if RANK == 0:  # after each item: a later one may be killed
+            print(f"{row['verdict']:13}  {name:13}  {ITEMS[names[name]]}, {row['seconds']:.0f} s: {row['text']}", flush=True)
+            rows[f"{name} {row['size']}"] = row
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"machine": machine, "items": rows}, indent=1))
-    verdicts = [row["verdict"] for row in rows.values()]
-    say(*(f"{verdicts.count(verdict)} {verdict}," for verdict in ("holds", "does not hold", "not run")), f"written to {file}")
-    dist.destroy_process_group()
+            file.write_text(json.dumps(rows, indent=1))
+    if RANK == 0:
+        counts = (f"{verdicts.count(verdict)} {verdict}," for verdict in ("holds", "does not hold", "not run"))
+        print(*counts, f"written to {file}")
     sys.exit("does not hold" in verdicts)
 
 
