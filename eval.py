@@ -122,7 +122,7 @@ def usable(rows, name):
                        for sets in (PROBLEMS, ANSWERS))
     has = f"has the columns {', '.join(columns.values())}" if columns else "is empty"
     check(asked and answered, f"{name} {has}: it needs one of {', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
-    needed = ("it needs a problem, and an answer with a letter or digit, of at most a dozen words, without open braces; "
+    needed = ("it needs a problem, and an answer with a letter or digit, at most a dozen words, and no open braces; "
               "a solution needs \\boxed{} or ####")
     asked, answered, kept = asked[0], answered[0][0], []
     unused = {"context", "passage", *" ".join(PROBLEMS).split()} & columns.keys() - {*asked}
@@ -309,8 +309,8 @@ SPELLINGS = {  # what may be in an answer: how it is read
     "%": r"\text{percent}", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
 UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square "
          "per of a each").split()  # and all plurals
-NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs tens scores dozens hundreds thousands illions "
-                 "doubles triples cubes".split())  # endings
+NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs dozens hundreds thousands "
+                 "illions".split())  # endings
 NUMBER = re.compile(r"""
     ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
     (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
@@ -741,14 +741,14 @@ FLAGS = (  # name, type, default, help
     ("benchmarks", str, "arithmetic", "names, files or hub ids, separated by commas"),
     ("n", int, 1, "completions per problem"),
     ("system_prompt", str, None, "not given: asks for reasoning and a boxed answer"),
-    ("limit", int, None, "use only this many problems of each benchmark, the first ones"),
+    ("limit", int, None, "use only the first so many problems of each benchmark"),
     ("max_new_tokens", int, 1024, "longer completions are cut off"),
     ("temperature", float, None, "0 is greedy; not given: 0 if n is 1, otherwise 0.6"),
     ("top_p", float, 0.95, "nucleus sampling, unless greedy"),
     ("seed", int, 0, "seed of the sampling"),
     ("sampler", str, "auto", "vllm, hf (transformers), or auto: vllm on a GPU if it is installed"),
     ("gpu_memory_utilization", float, 0.9, "vLLM's share of the GPU's memory"),
-    ("out", str, None, "folder in which all completions are kept"),
+    ("out", str, None, "folder to keep all completions in"),
 )
 
 

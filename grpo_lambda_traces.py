@@ -74,7 +74,7 @@ class Args:
     clip_low: float = flag(0.2, "the ratio is clipped at 1 - clip_low")
     clip_high: float = flag(0.2, "and at 1 + clip_high (DAPO: 0.28)")
     beta: float = flag(0.0, "weight of the KL term; above 0 needs a reference model")
-    updates_per_batch: int = flag(1, "updates per batch; 1 is on-policy")
+    updates_per_batch: int = flag(1, "updates per batch, each with all of it; 1 is on-policy")
     # Data and sampling
     model: str = flag(None, "folder or hub id of a causal LM; without it, a tiny one")
     dataset: str = flag("math", "training problems: a name, a file or a hub id")
@@ -107,7 +107,7 @@ class Args:
 # 1. Reward ------------------------------------------------------------------------------------------------------------
 
 def rewards_of(texts, problems, grader):
-    """1 for a right answer, boxed or after "answer is", else 0. Yours goes here: texts, rows of the data -> floats."""
+    """1 for a right answer, boxed or after "answer is", else 0. Put yours here: completions, their rows -> floats."""
     return [float(right) for right in grader.grade_all([(text, row["answer"]) for text, row in zip(texts, problems)])]
 
 
@@ -222,8 +222,8 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
     """Train on a rank's prompts [P][ids], completions [P·G], rewards [P, G] -> all ranks' metrics, advantages [P, G].
 
-    A token has four log-probabilities, all [P·G, T]: the policy's (logp, with gradient), that of the policy before
-    the first update (old_logp), the reference model's (ref_logp) and the one that the sampler drew from (sampler_logp).
+    A token has four log-probabilities: the policy's (logp, with gradient), that of the policy before the first update
+    (old_logp, for the ratio), the reference's (ref_logp, for the KL term), and the sampler's (sampler_logp, for TIS).
     """
     device, group_size = rewards.device, rewards.shape[1]
     lengths = torch.tensor([len(completion.ids) for completion in completions], device=device).view(rewards.shape)
@@ -243,12 +243,12 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     plan = micro_batches([len(ids) for ids in sequences], teaches.tolist(), args.micro_batch_tokens, device)
     updates = []  # the statistics of each update
     while len(updates) < args.updates_per_batch:
-        sums = {}  # each statistic, summed over the tokens of this rank
+        sums = {}  # each statistic, summed over the tokens of this rank that are trained on
         for rows in plan:
             width = max(len(completions[row].ids) for row in rows)  # T of this micro-batch
             is_token = row_mask[rows, :width]  # [B, T]
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
-            logp, entropy = policy(input_ids, starts[rows], is_token)  # [B, T], [B, T] (without gradient)
+            logp, entropy = policy(input_ids, starts[rows], is_token)  # [B, T] each; entropy has no gradient
             if not updates:  # π_old is the policy before the first update
                 old_logp[rows, :width] = logp.detach()
                 if reference:
@@ -263,7 +263,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 ref_logp[rows, :width], args.beta,
                 decay=args.gamma * args.lam, style=args.style, variant=args.variant,  # λ: the trace
             )
-            policy.set_requires_all_reduce(rows is plan[-1])  # over nodes: once an update, not in every micro-batch
+            policy.set_requires_all_reduce(rows is plan[-1])  # FSDP's: gradients are summed over nodes once per update
             (loss * WORLD).backward()  # FSDP averages gradients over ranks, but the objective is a sum
             stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum(),
                       "tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
@@ -272,13 +272,13 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         sums = sum_over_ranks(sums, device)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(sums["loss"] + norm):
-            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; the checkpoints are good", 1)
+            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; use an earlier checkpoint", 1)
         if sums["logp_diff"] > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        means = {name: total / max(1, sums["tokens"]) for name, total in sums.items() if name != "tokens"}
-        updates.append({**means, "loss": sums["loss"], "grad_norm": norm})
+        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")
+        updates.append({name: total / tokens for name, total in sums.items()} | {"loss": loss, "grad_norm": norm})
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": equal.sum(), "length": lengths.sum() / group_size}
@@ -300,7 +300,7 @@ def main():
     epochs = range(math.ceil(args.steps * args.prompts_per_step / len(data)))  # each has its own order, by the seed
     order = [i for epoch in epochs for i in np.random.default_rng((args.seed, epoch)).permutation(len(data))]
 
-    # Phase 2: policy, optimizer, sampler. A single process is a process group of one: there is no other path
+    # Phase 2: policy, optimizer, sampler. A single process is a process group of one, and runs the same code
     device = join_ranks(args.timeout_minutes)
     policy = load_policy(args, device)
     reference = load_policy(args, device, trainable=False) if args.beta > 0 else None
@@ -371,7 +371,7 @@ def main():
 
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
 
-Completion = namedtuple("Completion", "ids finish logps")  # with the stop token; "stop" or "length"; of the sampler
+Completion = namedtuple("Completion", "ids finish logps")  # ids with the stop token; "stop" or "length"; the sampler's
 
 
 class HFSampler:
@@ -395,9 +395,9 @@ class HFSampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
-        """n Completions per prompt, B in all, greedy at temperature 0. Seed + i and k decide number k of prompt i."""
+        """n Completions per prompt, B in all; 0 is greedy. Number k of prompt i has the seed (seed + i, k)."""
         device, width = self.model.device, max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B / n, S]
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B/n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         seeds = [(seed + i, k) for i in range(len(prompts)) for k in range(n)]
         uniform = np.stack([np.random.default_rng(own).random(self.max_new_tokens) for own in seeds])  # [B, T]
@@ -405,7 +405,7 @@ class HFSampler:
         cache, rows = DynamicCache(config=self.model.config), torch.arange(len(seeds), device=device)
         drawn = torch.zeros(len(seeds), self.max_new_tokens, dtype=torch.long, device=device)  # [B, T]
         logps, lengths = torch.zeros(drawn.shape, device=device), torch.zeros_like(rows)  # [B, T], [B]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B / n, S]: they count from behind the padding
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B/n, S]: they count from behind the padding
         for t in range(self.max_new_tokens):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
@@ -430,7 +430,7 @@ class HFSampler:
 
 
 class VLLMSampler:
-    """Samples with a vLLM engine on every rank. Between sleep and the next load it holds no GPU memory."""
+    """Samples with a vLLM engine on every rank. Between sleep and the next load it holds no weights and no cache."""
 
     def __init__(self, args, tokenizer, device):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where new weights can reach it
@@ -468,7 +468,7 @@ class VLLMSampler:
             self.engine.sleep(level=2)
 
     def __call__(self, prompt_ids, n, seed, temperature):
-        """Like HFSampler, with other random numbers: completion k of prompt i has the seed (seed + i)·n + k."""
+        """Like HFSampler, with other random numbers: vLLM adds k to the seed of a prompt, (seed + i)·n."""
         seeds = [(seed + i) * n % 2**62 for i in range(len(prompt_ids))]
         params = [self.params(n=n, temperature=temperature, seed=own) for own in seeds]
         done = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
@@ -543,8 +543,8 @@ def full_weights(policy, dtype):
 def micro_batches(lengths, teaches, budget, device):
     """Sort the rows that teach by length; cut them into micro-batches [row, ...] of `budget` tokens, padding included.
 
-    Padding may take a sixteenth of the budget. All ranks need the same number of micro-batches, otherwise FSDP would
-    deadlock: all keep equally many rows (short idle ones fill up), and a rank with too few splits its largest.
+    Padding may take a sixteenth of the budget. FSDP needs equally many micro-batches on every rank. So all ranks keep
+    equally many rows (short ones without a gradient fill up), and a rank with too few micro-batches splits its largest.
     """
     count = torch.tensor(max(1, sum(teaches)), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
@@ -594,7 +594,7 @@ COLUMNS.append("trace_weight")  # λ:
 
 
 def parse_args():
-    """The flags over those of the resumed run, or without --model over TOY, over the defaults. All are checked."""
+    """Checked flags: given ones win over the resumed run's (or, without --model, TOY), and these over the defaults."""
     parser = HfArgumentParser(Args, description=f"{__doc__.splitlines()[0]} Without --model: {TOY}", allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args()
@@ -655,8 +655,8 @@ def log_step(run, args, metrics, starts, tokenizer, problem, completions, reward
     metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
     metrics["tokens_per_second"] = metrics["length"] * args.prompts_per_step * args.group_size / (times[-1] - times[0])
     say(" ".join(f"{metrics[name]:{max(6, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
-    if metrics["step"] == metrics["zero_variance"] == 1:
-        say("every group has equal rewards, which teaches nothing: read samples.jsonl, is the task too hard?")
+    if metrics["step"] == 1 and metrics["zero_variance"] == 1:
+        say("every group has equal rewards, which teaches nothing: is it too hard or too easy? See samples.jsonl")
     if "eval_accuracy" in metrics:
         say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} (greedy)")
     if RANK == 0:
@@ -726,7 +726,7 @@ if __name__ == "__main__":
         if torch.cuda.is_initialized():  # the teardown on a GPU would wait for ranks that may never come
             if not isinstance(error, SystemExit):
                 sys.excepthook(*sys.exc_info())
-            os._exit(getattr(error, "code", 1))
+            os._exit(error.code if isinstance(error, SystemExit) else 1)
         raise
     if "vllm" not in sys.modules:  # vLLM does it itself
         dist.destroy_process_group()
