@@ -220,7 +220,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             logp, entropy = policy(input_ids, starts[rows], is_token)  # [B, T] each; entropy has no gradient
             if not updates:  # π_old is the policy before the first update
                 old_logp[rows, :width] = logp.detach()
-                if reference:
+                if args.beta > 0:
                     with torch.no_grad():
                         ref_logp[rows, :width] = reference(input_ids, starts[rows], is_token)[0]
             # Truncated importance sampling: the sampler's distribution is not exactly the trainer's π_old

@@ -1,6 +1,7 @@
 """What eight of the papers' patches promise beyond test_papers.py: losses of their own, identities, what reaches the step."""
 
 import itertools
+import json
 import math
 import shutil
 import types
@@ -263,14 +264,15 @@ def test_astar_po_estimates_what_it_needs_once(paper, tmp_path, monkeypatch):
     del asked[:]
     assert run_here(script, ["astar_po.py", "--resume", tmp_path / "run", "--steps", 3], monkeypatch) == 0
     again = np.load(tmp_path / "run" / "values.npy")
-    assert [n for _, n in asked] == [8, 1] and asked[0][0] == asked[1][0]
+    assert [n for _, n in asked] == [8, 1] and asked[0][0] == asked[1][0]  # no old one is estimated again
     assert np.array_equal(again[np.isfinite(values)], values[np.isfinite(values)])
     assert run_here(script, quick("astar_po", tmp_path / "whole", 3, "--group_size", 1), monkeypatch) == 0
-    assert metrics(tmp_path / "whole")[:2] == metrics(tmp_path / "run")[:2]
+    whole = np.load(tmp_path / "whole" / "values.npy")
+    assert np.array_equal(whole, again, equal_nan=True) and metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["astar_po", "g2rpo_a", "igrpo", "rc_grpo", "flowrl", "alpha_dpo"])
+@pytest.mark.parametrize("name", ["astar_po", "g2rpo_a", "rc_grpo"])
 def test_runs_with_two_ranks(paper_folder, tmp_path, name):
     """The same samples, and the metrics of one rank to rounding."""
     for ranks in (None, 2):
@@ -320,9 +322,10 @@ def test_tw_grpo_without_weights_is_dapo_bit_for_bit(paper, alone):
 
 
 def test_tw_grpo_soft_rewards(paper):
-    script, golds = paper("tw_grpo"), ("A,B,C", "42")
+    script, golds = paper("tw_grpo"), ("A,B,C", "42", "x", "a,b")
     with script.Grader(workers=1) as grader:
-        for gold, answers in zip(golds, ({"A,C": 2 / 3, "c, a": 2 / 3, "A,D": 0, "A,B,C": 1, "": 0}, {"4,2": 0, "42": 1, "4": 0})):
+        for gold, answers in zip(golds, ({"A,C": 2 / 3, "C, A": 2 / 3, r"\text{A}": 1 / 3, "A and C": 2 / 3, "(A,C)": 2 / 3, "A,D": 0, "A,B,C": 1, "": 0},
+                                        {"4,2": 0, "42": 1, "4": 0}, {"X": 0}, {"a": 0})):
             for answer, reward in answers.items():
                 assert script.rewards_of([rf"\boxed{{{answer}}}"], [{"answer": gold}], grader) == [pytest.approx(reward)], answer
         assert script.rewards_of(["I do not know."], [{"answer": "N,O"}], grader) == [0]
@@ -419,6 +422,8 @@ def test_g2rpo_a_trains_on_guidance_as_on_its_own(paper, alone):
 @pytest.mark.parametrize("name, flags, message", [
     ("g2rpo_a", ["--guided", 8], "--guided must be below --group_size"), ("g2rpo_a", ["--dataset", "DATA"], "no column solution"),
     ("igrpo", ["--drafts", 0], "--drafts must be at least 1"), ("astar_po", ["--value_samples", 0], "must be at least 1"),
+    ("flowrl", ["--beta", 0], "--beta must be above 0"), ("astar_po", ["--beta", 0], "--beta must be above 0"),
+    ("astar_po", ["--value_beta", 0], "--value_beta must be above 0"),
 ])
 def test_bad_input(paper, name, flags, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "data.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
@@ -503,6 +508,7 @@ def test_rc_grpo_all_high(paper, tmp_path, monkeypatch):
     tokenizer = script.load_tokenizer(str(TINY))
     assert not any(text.endswith("??") for text in tokenizer.batch_decode(seen[0][0]))
     assert metrics(tmp_path / "run")[0]["reward_low"] == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["max_prompt_tokens"] == 208  # resumed, it is the same
 
 
 def test_rc_grpo_proposition(paper, tmp_path, monkeypatch):
