@@ -12,7 +12,7 @@ from conftest import launch
 EXPECTED = (  # parts of rows
     "2048 tokens per micro-batch", "one micro-batch", "whole step, sampling", "whole step, training", "not run: no --trl",
     "lambda_grpo_learnable.py / grpo.py", "lambda_grpo_prm.py / grpo.py", "grpo_lambda_traces.py / grpo.py",
-    "both, time: matrix / trace", "both, memory: trace / matrix", "trie / process_set_sizes",
+    "half equal: rows left out / kept", "share of that rate: training step", "both, time: matrix / trace", "both, memory: trace / matrix", "trie / process_set_sizes",
 )
 
 

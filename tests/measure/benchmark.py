@@ -6,6 +6,8 @@
                                           against TRL; ENV: pip install -r requirements.txt trl==1.16.0
 
   trl       a training step of grpo.py against TRL's GRPOTrainer, equal loss and gradient; a whole step by phase
+  rows      a training step that leaves groups of equal rewards out, against one that keeps them
+  matmul    a training step of a 135M model, against a matrix product as fast as this core can
   variants  a training step of each variant against grpo.py's
   trace     eligibility traces (trace) against a T × T matrix: time and peak memory
   sets      process sets (process_set_sizes) against a trie in Python
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "tiny"
@@ -38,6 +41,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from eval import Grader, fail, load_problems, load_tokenizer  # noqa: E402
@@ -362,6 +366,57 @@ def compare_phases(prompts, problems, group_size, trainers, repetitions):
             row("trl", f"whole step, {phase}: grpo.py / TRL", ratios(times, *who))
 
 
+# What a step leaves out, and what it spends ----------------------------------------------------------------------------
+
+def part_rows(options):
+    """Half of the groups, and seven of eight as late in the toy's run, have equal rewards."""
+    import grpo
+
+    plan = grpo.micro_batches
+    for name, share in (("half", 0.5), ("seven eighths", 0.875)):
+        batch = made_up(*((8, 4) if options.quick else (16, 8)), lambda g: g.randint(10, 40))
+        size = len(batch["rewards"]) // len(batch["prompts"])
+        batch["rewards"] = [1.0 if i < share * len(batch["rewards"]) else float(i % 2) for i in range(len(batch["rewards"]))]
+        step = training_step("grpo", batch)
+
+        def keep_all():
+            with patch.object(grpo, "micro_batches", lambda lengths, teaches, *how: plan(lengths, [True] * len(lengths), *how)):
+                return step()
+
+        if abs(step()["grad_norm"] / keep_all()["grad_norm"] - 1) > 1e-4:
+            fail("with and without the rows the gradient is not the same", 1)
+        times = seconds_of({"left out": step, "kept": keep_all}, 2 * options.repetitions, "rows")
+        row("rows", f"groups of {size}, {name} equal: rows left out / kept", ratios(times, "left out", "kept"))
+
+
+def part_matmul(options):
+    """SmolLM2-135M's shape with random weights, one completion of 2,048 tokens: 6·N operations per token, and attention."""
+    import grpo
+
+    hidden, inner, layers, vocabulary, length = (64, 128, 2, 512, 64) if options.quick else (576, 1536, 30, 49_152, 2048)
+    config = transformers.LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64 if options.quick else 3, vocab_size=vocabulary, tie_word_embeddings=True)
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        args = grpo.Args(model=folder, group_size=2, prompts_per_step=1)
+        policy = grpo.load_policy(args, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    rows = [list(range(1, 17)) * ((length - 16) // 16)] * 2  # behind a prompt of 16 tokens
+    completions = [grpo.Completion(ids, "stop", [-math.log(vocabulary)] * len(ids)) for ids in rows]
+    rewards = torch.tensor([[0.0, 1.0]])
+    step = lambda: grpo.train_step(policy, None, optimizer, args, [rows[0][:16]], completions, rewards)  # noqa: E731
+    policy.temperature = 100.0  # nearly uniform, as the sampler is said to be
+    one, other = torch.randn(length, hidden), torch.randn(hidden, inner)
+    times = seconds_of({"step": step, "product": lambda: [one @ other for _ in range(20)]}, min(3, options.repetitions), "matmul")
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    work = 2 * (6 * parameters * length + 6 * layers * hidden * length**2)
+    rates = {"step": [work / t for t in times["step"]], "product": [40 * length * hidden * inner / t for t in times["product"]]}
+    row("matmul", f"{parameters / 1e6:.0f}M parameters, 2 × {length} tokens: a training step", times["step"], "s")
+    row("matmul", "rate of a product of matrices", [rate / 1e9 for rate in rates["product"]], "GFLOP/s")
+    row("matmul", "share of that rate: training step", ratios(rates, "step", "product"))
+
+
 # The variants and their functions -------------------------------------------------------------------------------------
 
 def part_variants(options):
@@ -454,7 +509,8 @@ def part_sets(options):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-PARTS = {"trl": part_trl, "variants": part_variants, "trace": part_trace, "sets": part_sets}
+PARTS = {"trl": part_trl, "rows": part_rows, "matmul": part_matmul, "variants": part_variants, "trace": part_trace,
+         "sets": part_sets}
 
 
 def main():
