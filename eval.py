@@ -227,6 +227,7 @@ def stop_tokens(model, tokenizer):
     They are the end tokens of the model and of the tokenizer, and the token that the chat template puts behind an
     assistant's turn: in many models no configuration names it.
     """
+    from jinja2.exceptions import TemplateError
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -236,9 +237,10 @@ def stop_tokens(model, tokenizer):
     stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "42"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("42")[2]
-        after = tokenizer.encode(text.lstrip(), add_special_tokens=False)[:1]
-        stops += [token for token in after if token in tokenizer.added_tokens_decoder]
+        with contextlib.suppress(TemplateError):  # some have no assistant's turn
+            text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("42")[2]
+            after = tokenizer.encode(text.lstrip(), add_special_tokens=False)[:1]
+            stops += [token for token in after if token in tokenizer.added_tokens_decoder]
     return sorted({stop for stop in stops if stop is not None}) or [-1]
 
 
@@ -280,6 +282,8 @@ def load_prompts(name, split, tokenizer, args):
 
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
+    from transformers import AutoConfig
+
     args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
     problems, lost = load_problems(name, split)[: getattr(args, "limit", None)], []
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
@@ -288,6 +292,9 @@ def load_prompts(name, split, tokenizer, args):
             lost.append(row["problem"])
     if lost:
         say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
+    known = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size
+    largest = max(max(row["prompt_ids"], default=0) for row in problems)
+    check(largest < known, f"{args.model} knows {known} tokens, not number {largest} that its tokenizer makes")
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     skipped = len(problems) - len(kept)
     found = f"{name}, {split}: {len(kept)} prompts, {skipped} skipped"

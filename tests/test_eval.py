@@ -292,7 +292,9 @@ COLONS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     (LLAMA3, ["<|endoftext|>", "<|header|>", "<|end_header|>", "<|eot|>"], "<|eot|>"),
     (CHATML.replace("<|im_end|>", "\n<|im_end|>"), ["<|endoftext|>", "<|im_end|>"], "<|im_end|>"),
     (COLONS, ["<|endoftext|>"], None), (COLONS.replace("\n\n", " (end)\n"), ["<|endoftext|>"], None),
-    (None, ["<|endoftext|>"], None)])  # fmt: skip
+    (None, ["<|endoftext|>"], None),
+    ("{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}",
+     ["<|endoftext|>"], None)])  # fmt: skip
 def test_end_of_an_assistants_turn_is_a_stop_token(template, specials, end):
     """Although neither the model's configurations nor the tokenizer call it that; a turn without one adds none."""
     tokenizer = make_tokenizer(template, specials, eos="<|endoftext|>")
@@ -335,6 +337,10 @@ def test_prompts_of_a_run(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 prompts, 1 skipped (empty, or longer than 90 tokens)" in said
     assert "cannot write all characters of 1 problems, such as '\u20ac1+\u20ac1?'" in said
+    args.model = tiny_with(tmp_path / "small", vocab_size=60)
+    with pytest.raises(SystemExit):
+        ev.load_prompts(path, "train", tokenizer, args)
+    assert "that its tokenizer makes" in capsys.readouterr().err
 
 
 def test_encode_prompt_of_the_tiny_model():
