@@ -6,9 +6,9 @@ them rewards R_1..R_G, and maximize
     J = sum over groups, completions i, tokens t of  w[i,t] · min(r[i,t]·A[i], clip(r[i,t], 1-ε_low, 1+ε_high)·A[i])
         - β · the same weighted sum of k3[i,t]
     r[i,t]  = π(token t of o_i) / π_old(token t of o_i)                the ratio, per token (GRPO eq. 3)
-    k3[i,t] = exp(d) - d - 1,  d = log(π_ref/π) of that token          the KL term (GRPO eq. 4), off while β = 0
+    k3[i,t] = exp(d) - d - 1,  d = log(π_ref/π) of that token          the KL term (eq. 4), π_ref: the first model
 
-    --loss     advantage A[i]                   weight w[i,t]
+    --loss     advantage A[i] in its group      weight w[i,t]        (L_max: --max_new_tokens)
     grpo       (R_i - mean) / (std + 1e-4)      1 / (P·G·|o_i|)      every completion counts the same (eq. 3)
     dapo       (R_i - mean) / (std + 1e-4)      1 / (P·Σ_j |o_j|)    every token of a group counts the same (DAPO eq. 8)
     dr_grpo    R_i - mean                       1 / (P·G·L_max)      no division by the data's std or length
@@ -16,9 +16,9 @@ them rewards R_1..R_G, and maximize
 Papers: GRPO, DeepSeekMath (arXiv 2402.03300); DAPO (arXiv 2503.14476); Dr. GRPO (arXiv 2503.20783).
 The weights hold all normalization, and a group is never split across ranks, so the gradient does not depend on the
 micro-batches or the number of ranks. With one update per batch (default) r = 1, ∇r = ∇log π, and nothing is clipped.
-Deviations: std is the sample one (ddof 1); equal rewards give advantages of exactly 0; w is also multiplied by
-min(π_old/π_sampler, --tis_cap), because the sampler computes π_old slightly differently. DAPO's dynamic sampling and
-overlong penalty are left out. The variants change section 2, Args and the lines marked "# λ:", and nothing else.
+Deviations: std is the sample one (ddof 1); equal rewards give advantages of exactly 0; log-ratios are at most 20; w is
+also multiplied by min(π_old/π_sampler, --tis_cap), because the sampler computes π_old slightly differently. DAPO's
+dynamic sampling and overlong penalty are left out. The other methods change section 2, Args and the lines with "# λ:".
 
     python grpo.py                                                   laptop: a tiny model learns sums in half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -110,9 +110,9 @@ def rewards_of(texts, problems, grader):
 # Pure functions of tensors, ready to be copied. Rewards [P, G] and masks [P, G, T] hold whole groups; policy_loss alone
 # accepts any rows [B, T], also of different groups. Completions are right-padded: a mask is ones, then zeros, and its
 # column 0 is the first completion token. Values on padding do not matter, and a row of zeros (a dropped completion) has
-# no weight. The results are float32, or float64 for float64 inputs. token_weights already holds 1/P, so add up the
-# losses of micro-batches, never average them; multiply them by the number of ranks where gradients are averaged over
-# ranks (FSDP, DDP).
+# no weight (its reward still counts in its group). Results are float32, or float64 for float64 inputs. token_weights
+# already holds 1/P, of all ranks and micro-batches, so add up the losses of micro-batches, never average them; multiply
+# them by the number of ranks where gradients are averaged over ranks (FSDP, DDP).
 
 def group_advantages(rewards, normalize_std=True):
     """How much better each completion is than its group. rewards [P, G] -> advantages [P, G].
@@ -156,9 +156,9 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     KL(old || new))}. Example: log-ratio 0.5, advantage 1, weight 1 -> loss -1.2, clipped; with advantage -1 -> 1.65.
     """
     counted = weights > 0  # [B, T]: not the padding, whose values may be anything
-    log_ratio = torch.where(counted, logp - old_logp, 0.0).clamp(max=20)  # exp stays finite
+    log_ratio = torch.where(counted, logp - old_logp.detach(), 0.0).clamp(max=20)  # exp stays finite
     ratio = log_ratio.exp()
-    advantages = advantages.view(len(logp), -1)  # [B, 1] or [B, T]
+    advantages = torch.where(counted, advantages.view(len(logp), -1), 0.0)  # [B, T]
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = -(weights * torch.minimum(unclipped, clipped)).sum()
@@ -431,14 +431,14 @@ class VLLMSampler:
 class Policy(torch.nn.Module):
     """A causal language model whose forward pass returns log-probabilities of given tokens. [B, T, vocabulary] logits
     never exist: the head runs in checkpointed chunks of 512 tokens. No attention mask is needed, because the padding is
-    on the right, where causal attention does not see it."""
+    on the right, where causal attention does not see it. load_policy refuses models for which this does not hold."""
 
     def __init__(self, model, temperature):
         super().__init__()
         self.model, self.temperature = model, temperature
 
     def forward(self, input_ids, starts, mask):
-        """input_ids [B, S], completions from starts [B], mask [B, T] -> logp [B, T], entropies [B, T] (no gradient)."""
+        """input_ids [B, S], prompt lengths starts [B], mask [B, T] -> logp [B, T], entropies [B, T] (no gradient)."""
         hidden = self.model.base_model(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, S - 1, H]
         rows, steps = mask.nonzero(as_tuple=True)  # [N], [N]: an entry for each completion token
         positions = starts[rows] + steps  # a token is predicted from the position before it

@@ -115,9 +115,9 @@ def rewards_of(texts, problems, grader):
 # Pure functions of tensors, ready to be copied. Rewards [P, G] and masks [P, G, T] hold whole groups; policy_loss alone
 # accepts any rows [B, T], also of different groups. Completions are right-padded: a mask is ones, then zeros, and its
 # column 0 is the first completion token. Values on padding do not matter, and a row of zeros (a dropped completion) has
-# no weight. The results are float32, or float64 for float64 inputs. token_weights already holds 1/P, so add up the
-# losses of micro-batches, never average them; multiply them by the number of ranks where gradients are averaged over
-# ranks (FSDP, DDP).
+# no weight (its reward still counts in its group). Results are float32, or float64 for float64 inputs. token_weights
+# already holds 1/P, of all ranks and micro-batches, so add up the losses of micro-batches, never average them; multiply
+# them by the number of ranks where gradients are averaged over ranks (FSDP, DDP).
 
 def group_advantages(rewards, normalize_std=True):
     """How much better each completion is than its group. rewards [P, G] -> advantages [P, G].
@@ -199,10 +199,10 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     """
     assert variant in ("trace", "weight"), f"unknown variant {variant!r}"
     counted = weights > 0  # [B, T]: not the padding, whose values may be anything
-    log_ratio = torch.where(counted, logp - old_logp, 0.0).clamp(max=20)  # exp stays finite
+    log_ratio = torch.where(counted, logp - old_logp.detach(), 0.0).clamp(max=20)  # exp stays finite
     traced = trace(log_ratio, decay, style).clamp(max=20) if variant == "trace" else log_ratio  # exp stays finite
     ratio = torch.where(counted, traced, 0.0).exp()
-    advantages = advantages.view(len(logp), -1)  # [B, 1] or [B, T]
+    advantages = torch.where(counted, advantages.view(len(logp), -1), 0.0)  # [B, T]
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     credit = trace_weights(counted, decay, style)  # [B, T]; only a statistic if the ratios are traced
@@ -480,14 +480,14 @@ class VLLMSampler:
 class Policy(torch.nn.Module):
     """A causal language model whose forward pass returns log-probabilities of given tokens. [B, T, vocabulary] logits
     never exist: the head runs in checkpointed chunks of 512 tokens. No attention mask is needed, because the padding is
-    on the right, where causal attention does not see it."""
+    on the right, where causal attention does not see it. load_policy refuses models for which this does not hold."""
 
     def __init__(self, model, temperature):
         super().__init__()
         self.model, self.temperature = model, temperature
 
     def forward(self, input_ids, starts, mask):
-        """input_ids [B, S], completions from starts [B], mask [B, T] -> logp [B, T], entropies [B, T] (no gradient)."""
+        """input_ids [B, S], prompt lengths starts [B], mask [B, T] -> logp [B, T], entropies [B, T] (no gradient)."""
         hidden = self.model.base_model(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, S - 1, H]
         rows, steps = mask.nonzero(as_tuple=True)  # [N], [N]: an entry for each completion token
         positions = starts[rows] + steps  # a token is predicted from the position before it
