@@ -272,7 +272,7 @@ def test_astar_po_estimates_what_it_needs_once(paper, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["astar_po", "g2rpo_a", "rc_grpo"])
+@pytest.mark.parametrize("name", ["astar_po"])
 def test_runs_with_two_ranks(paper_folder, tmp_path, name):
     """The same samples, and the metrics of one rank to rounding."""
     for ranks in (None, 2):
