@@ -17,8 +17,8 @@ Papers: GRPO, DeepSeekMath (arXiv 2402.03300); DAPO (arXiv 2503.14476); Dr. GRPO
 The weights hold all normalization, and a group is never split across ranks, so the gradient does not depend on the
 micro-batches or the number of ranks. With one update per batch (default) r = 1, ∇r = ∇log π, and nothing is clipped.
 Deviations: std is the sample one (ddof 1); equal rewards give advantages of exactly 0; log-ratios are at most 20; w is
-also multiplied by min(π_old/π_sampler, --tis_cap), because the sampler computes π_old slightly differently. DAPO's
-dynamic sampling and overlong penalty are left out. The other methods change section 2, Args and the lines with "# λ:".
+also multiplied by min(π_old/π_sampler, --tis_cap), because tokens come from π_sampler, only nearly π_old. DAPO's
+dynamic sampling and overlong penalty are left out. The variants change section 2, Args and lines marked "# λ:".
 
     python grpo.py                                                   laptop: a tiny model learns sums in half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --prompts_per_step 16      one GPU
@@ -102,7 +102,7 @@ class Args:
 # 1. Reward ------------------------------------------------------------------------------------------------------------
 
 def rewards_of(texts, problems, grader):
-    """1 for a right answer, boxed or after "answer is", else 0. Put yours here: completions, their rows -> floats."""
+    """1 for a right answer, boxed or after "answer is", else 0. Put yours here: texts, their dataset rows -> floats."""
     return [float(right) for right in grader.grade_all([(text, row["answer"]) for text, row in zip(texts, problems)])]
 
 
@@ -215,7 +215,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 logp, old_logp[rows, :width], advantage, weight, args.clip_low, args.clip_high,
                 ref_logp[rows, :width], args.beta,
             )
-            policy.set_requires_all_reduce(rows is plan[-1])  # FSDP's: gradients are summed over nodes once per update
+            policy.set_requires_all_reduce(rows is plan[-1])  # FSDP's: gradients are reduced over nodes once per update
             (loss * WORLD).backward()  # FSDP averages gradients over ranks, but the objective is a sum
             stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum(),
                       "tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
@@ -322,7 +322,7 @@ def main():
 
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
 
-Completion = namedtuple("Completion", "ids finish logps")  # ids with the stop token; "stop" or "length"; the sampler's
+Completion = namedtuple("Completion", "ids finish logps")  # ids with the stop token; "stop" or "length"; log p of each
 
 
 class HFSampler:
@@ -346,7 +346,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
-        """n Completions per prompt, B in all; 0 is greedy. Number k of prompt i has the seed (seed + i, k)."""
+        """n Completions per prompt, B in all; temperature 0 is greedy. Number k of prompt i has seed (seed + i, k)."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B/n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -561,7 +561,7 @@ def parse_args():
         changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
         past = changed & {"seed", "dataset", "prompts_per_step", "group_size", "system_prompt", "max_prompt_tokens"}
         check(not past, f"--resume: {', '.join(past)} cannot change within a run")
-        say(f"changed since the run began: {', '.join(changed) or 'nothing'}")
+        say(f"changed from now on: {', '.join(changed) or 'nothing'}")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):  # λ: (a variant's own may be negative)
             check(0 <= value < 2**32, f"--{name} must be from 0 to 2**32, not {value}")
@@ -592,8 +592,8 @@ def open_run(args, done):
                 file.seek(0)
                 rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
                 file.truncate(sum(map(len, rows)))
-        if not args.resume:
-            (run / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
+        (run / "args.part").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
+        (run / "args.part").rename(run / "args.json")  # so that it is whole
     return run
 
 

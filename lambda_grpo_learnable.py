@@ -101,7 +101,7 @@ class Args:
 # 1. Reward ------------------------------------------------------------------------------------------------------------
 
 def rewards_of(texts, problems, grader):
-    """1 for a right answer, boxed or after "answer is", else 0. Put yours here: completions, their rows -> floats."""
+    """1 for a right answer, boxed or after "answer is", else 0. Put yours here: texts, their dataset rows -> floats."""
     return [float(right) for right in grader.grade_all([(text, row["answer"]) for text, row in zip(texts, problems)])]
 
 
@@ -232,7 +232,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
                 logp, old_logp[rows, :width], advantage, weight, args.clip_low, args.clip_high,
                 ref_logp[rows, :width], args.beta,
             )
-            policy.set_requires_all_reduce(rows is plan[-1])  # FSDP's: gradients are summed over nodes once per update
+            policy.set_requires_all_reduce(rows is plan[-1])  # FSDP's: gradients are reduced over nodes once per update
             (loss * WORLD).backward()  # FSDP averages gradients over ranks, but the objective is a sum
             stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_diff": gap.abs().sum(),
                       "tis_mean": importance.sum(), "tis_capped": (gap.exp() > args.tis_cap).sum()}
@@ -347,7 +347,7 @@ def main():
 
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
 
-Completion = namedtuple("Completion", "ids finish logps")  # ids with the stop token; "stop" or "length"; the sampler's
+Completion = namedtuple("Completion", "ids finish logps")  # ids with the stop token; "stop" or "length"; log p of each
 
 
 class HFSampler:
@@ -371,7 +371,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
-        """n Completions per prompt, B in all; 0 is greedy. Number k of prompt i has the seed (seed + i, k)."""
+        """n Completions per prompt, B in all; temperature 0 is greedy. Number k of prompt i has seed (seed + i, k)."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B/n, S]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -587,7 +587,7 @@ def parse_args():
         changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
         past = changed & {"seed", "dataset", "prompts_per_step", "group_size", "system_prompt", "max_prompt_tokens"}
         check(not past, f"--resume: {', '.join(past)} cannot change within a run")
-        say(f"changed since the run began: {', '.join(changed) or 'nothing'}")
+        say(f"changed from now on: {', '.join(changed) or 'nothing'}")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "lam_init":  # λ:
             check(0 <= value < 2**32, f"--{name} must be from 0 to 2**32, not {value}")
@@ -619,8 +619,8 @@ def open_run(args, done):
                 file.seek(0)
                 rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
                 file.truncate(sum(map(len, rows)))
-        if not args.resume:
-            (run / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
+        (run / "args.part").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
+        (run / "args.part").rename(run / "args.json")  # so that it is whole
     return run
 
 
