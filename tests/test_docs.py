@@ -30,7 +30,7 @@ SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("
 SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")] if path.name != "test_docs.py"]
 CODE = "\n".join(path.read_text() for path in SOURCES)
 FILES = "py|txt|md|json|png|sh|toml|ya?ml"  # what names of files end in
-OTHER_FLAGS = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # sbatch's
+OTHER_FLAGS = {"--guidance", "--value_samples", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # sbatch's
 OTHER_NAMES = {"diff", "patch", "torchrun", "pip"}  # `names` that are no code of ours
 PYTHON = r"(?:\.venv/bin/)?python3?"  # how README calls it
 

@@ -148,7 +148,9 @@ def read(folder):
         return None
     rows, more = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
                   for name in ("metrics.jsonl", "wrong.jsonl"))
-    return [{**row, **other} for row, other in zip(rows, more, strict=True)]
+    if len(more) != len(rows):  # a method that asks for rewards several times per step
+        more = [{"wrong_length": None}] * len(rows)
+    return [{**row, **other} for row, other in zip(rows, more)]
 
 
 def recording(rewards_of, reward, path):
