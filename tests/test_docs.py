@@ -30,7 +30,7 @@ SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("
 SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")] if path.name != "test_docs.py"]
 CODE = "\n".join(path.read_text() for path in SOURCES)
 FILES = "py|txt|md|json|png|sh|toml|ya?ml"  # what names of files end in
-OTHER_FLAGS = {"--guidance", "--value_samples", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # sbatch's
+OTHER_FLAGS = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # sbatch's
 OTHER_NAMES = {"diff", "patch", "torchrun", "pip"}  # `names` that are no code of ours
 PYTHON = r"(?:\.venv/bin/)?python3?"  # how README calls it
 
@@ -248,6 +248,8 @@ def test_flags():
     known = {flag for action in actions for flag in action.option_strings}
     for path in [path for path in SOURCES if not path.name.startswith("test_")]:
         known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
+    for path in (ROOT / "tests" / "papers").glob("*.diff"):  # flags of the papers' own
+        known |= {f"--{name}" for name in re.findall(r"^\+    (\w+): \w+ = flag", path.read_text(), re.M)}
     known |= {"--help"} | OTHER_FLAGS | {f"--{name}" for name, *_ in evaluation.FLAGS}
     for flag in sorted(set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README))):
         assert flag in known, f"README names {flag}, which no script has"
