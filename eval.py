@@ -131,7 +131,7 @@ def usable(rows, name):
     for row in rows:
         cells = {column: row.get(columns[column]) for column in columns}
         choices = cells.get("choices") or cells.get("options") or []
-        choices = choices["text"] if isinstance(choices, dict) else choices
+        choices = choices["text"] if isinstance(choices, dict) else [choices] if isinstance(choices, str) else choices
         lines = [f"{chr(65 + place)}. {choice}" for place, choice in enumerate(choices)]
         problem = "\n".join(filter(None, [*(read_cell(cells[column]) for column in asked), *lines]))
         gold = read_cell(cells[answered])
@@ -751,9 +751,9 @@ FLAGS = (  # name, type, default, help
     ("limit", int, None, "use only the first so many problems of each benchmark"),
     ("max_new_tokens", int, 1024, "longer completions are cut off"),
     ("temperature", float, None, "0 is greedy; not given: 0 if n is 1, otherwise 0.6"),
-    ("top_p", float, 0.95, "nucleus sampling, unless greedy"),
+    ("top_p", float, 0.95, "nucleus sampling"),
     ("seed", int, 0, "seed of the sampling"),
-    ("sampler", str, "auto", "vllm, hf (transformers), or auto: vllm on a GPU if it is installed"),
+    ("sampler", str, "auto", "vllm, hf (transformers), or auto: vllm on a GPU if installed"),
     ("gpu_memory_utilization", float, 0.9, "vLLM's share of the GPU's memory"),
     ("out", str, None, "folder to keep all completions in"),
 )

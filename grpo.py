@@ -17,7 +17,7 @@ Papers: GRPO, DeepSeekMath (arXiv 2402.03300); DAPO (arXiv 2503.14476); Dr. GRPO
 The weights hold all normalization, and a group is never split across ranks, so the gradient does not depend on the
 micro-batches or the number of ranks. With one update per batch (default) r = 1, ∇r = ∇log π, and nothing is clipped.
 Deviations: std is the sample one (ddof 1); equal rewards give advantages of exactly 0; log-ratios are at most 20; w is
-also multiplied by min(π_old/π_sampler, --tis_cap), because tokens come from π_sampler, only nearly π_old. DAPO's
+also multiplied by min(π_old/π_sampler, --tis_cap), since tokens come from π_sampler, which is nearly π_old. DAPO's
 dynamic sampling and overlong penalty are left out. The variants change section 2, Args and lines marked "# λ:".
 
     python grpo.py                                                   laptop: a tiny model learns sums in half a minute

@@ -258,6 +258,7 @@ def test_problems_in_several_columns_or_turns(tmp_path, capsys):
     assert problem(instruction="Add.", input="2+3") == "Add.\n2+3"
     assert problem(Body="Tom has 2 and 3.", Question="How many?") == "Tom has 2 and 3.\nHow many?"
     assert problem(question="2+3?", choices=["4", "5"]) == "2+3?\nA. 4\nB. 5"
+    assert problem(question="2+3?", choices="4 or 5") == "2+3?\nA. 4 or 5"
     assert problem(question="2+3?", options={"text": ["4", "5"], "label": ["A", "B"]}) == "2+3?\nA. 4\nB. 5"
     assert problem(prompt=[{"role": "system", "content": "Add."}, {"role": "user", "content": "2+3?"}]) == "Add.\n\n2+3?"
     turns = [{"role": "user", "content": [{"type": "text", "text": "2+3?"}]}, {"role": "assistant", "content": "5"}]
