@@ -1,9 +1,11 @@
 """pretrained.py with the tiny model and tiny settings: its table and curves hold what the runs' files say."""
 
 import argparse
+import itertools
 import json
 import random
 import shutil
+import statistics
 from importlib.util import find_spec
 
 import pytest
@@ -11,12 +13,12 @@ from conftest import ROOT, SCRIPTS, TINY
 
 import pretrained
 
-SETTINGS = "--steps 2 --prompts_per_step 1 --group_size 4 --max_new_tokens 4 --samples 2 --warmup_steps 2".split()
+SETTINGS = "--seeds 1 --steps 2 --prompts_per_step 1 --group_size 4 --max_new_tokens 4 --samples 2 --warmup_steps 2".split()
 
 
 def start(folder, *flags):
     """pretrained.py as its command line would, with its runs in this process, which saves their start."""
-    def in_turn(function, cases, jobs, title):
+    def in_turn(function, cases, jobs, title, done):
         for case in cases:
             function(*case)
 
@@ -36,17 +38,17 @@ def output(tmp_path_factory):
 
 
 def finished(output):
-    return {path: path.stat().st_mtime_ns for path in output.glob("*/held_out.json")}
+    return {path: path.stat().st_mtime_ns for path in output.glob("*/*/held_out.json")}
 
 
 @pytest.mark.long
 def test_each_script_runs_with_equal_flags_and_our_reward(output):
-    runs = [json.loads((output / script / "args.json").read_text()) for script in SCRIPTS]
+    runs = [json.loads((output / "seed0" / script / "args.json").read_text()) for script in SCRIPTS]
     assert [run["script"] for run in runs] == SCRIPTS
     for run in runs:
         assert [run[flag] for flag in ("steps", "group_size", "max_new_tokens", "lr", "seed")] == [2, 4, 4, 4e-5, 0]
     trained = {row["problem"] for row in pretrained.make_problems()[0]}
-    problems = [[json.loads(line)["problem"] for line in open(output / script / "samples.jsonl")] for script in SCRIPTS]
+    problems = [[json.loads(line)["problem"] for line in open(output / "seed0" / script / "samples.jsonl")] for script in SCRIPTS]
     assert problems[0] == problems[1] == problems[2] == problems[3] and set(problems[0]) <= trained
 
 
@@ -65,15 +67,15 @@ def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
 @pytest.mark.long
 def test_a_run_that_fails_is_named_in_one_line(tmp_path, monkeypatch, capfd):
     """In a process of its own, as from the shell."""
-    write_runs(tmp_path, steps=2)
-    shutil.rmtree(tmp_path / "grpo")
+    write_runs(tmp_path, 1, steps=2)
+    shutil.rmtree(tmp_path / "seed0" / "grpo")
     flags = [f"--model={TINY}", f"--output={tmp_path}", *SETTINGS, "--lr=-1"]
     monkeypatch.setattr("sys.argv", ["pretrained.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         pretrained.main()
     said = capfd.readouterr().err
     assert stopped.value.code == 1 and "error: grpo.py --steps=2" in said and "--lr must be from 0" in said
-    assert not (tmp_path / "grpo").exists()
+    assert not (tmp_path / "seed0" / "grpo").exists()
 
 
 def test_problems_are_disjoint_and_right():
@@ -90,40 +92,44 @@ def test_reward_is_the_last_number():
     assert pretrained.rewards_of(texts, [{"answer": "56"}] * 7, None) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
-def write_runs(folder, steps):
-    """Runs with random figures; what was written, by script."""
+def write_runs(folder, seeds, steps):
+    """Runs with random figures; what was written, by script, one per seed."""
     generator, figures = random.Random(0), {}
-    for name in ["start", *SCRIPTS]:
-        (folder / name).mkdir()
-        judged = {kind: [generator.random() for _ in range(6)] for kind in ("greedy", "sampled")}
-        keys = ("reward", "length", "seconds_sampling", "seconds_training")
-        rows = [{"step": step, **{key: 100 * generator.random() for key in keys}} for step in range(1, steps + 1)]
-        (folder / name / "held_out.json").write_text(json.dumps(judged))
-        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        figures[name] = rows, judged
+    for seed, name in itertools.product(range(seeds), ["start", *SCRIPTS]):
+        run = folder / f"seed{seed}" / name
+        run.mkdir(parents=True)
+        judged = {kind: generator.random() for kind in ("greedy", "sampled")}
+        rows = [{"step": step, **{key: 100 * generator.random() for key in ("reward", "length")}} for step in range(1, steps + 1)]
+        (run / "held_out.json").write_text(json.dumps(judged))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        figures.setdefault(name, []).append((rows, judged))
     return figures
 
 
 def test_the_table_and_the_curves_are_the_runs(tmp_path):
-    figures = write_runs(tmp_path, steps=12)
-    args = argparse.Namespace(output=tmp_path, steps=12, samples=2)
-    start, found = pretrained.results(args)
-    lines = [line.strip("| ").split(" | ") for line in pretrained.table(args, start, found).splitlines() if "`" in line]
+    figures = write_runs(tmp_path, 3, steps=12)
+    args = argparse.Namespace(output=tmp_path, steps=12, samples=2, seeds=3)
+    found = pretrained.results(args)
+    text = pretrained.table(args, found)
+    assert f"before it {sum(end['sampled'] for _, end in figures['start']) / 3:.3f} sampled" in text
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "`" in line]
     assert [line[0] for line in lines] == [f"`{script}.py`" for script in SCRIPTS]
     for script, line in zip(SCRIPTS, lines):
-        rows, judged = figures[script]
-        first, last = ({key: sum(row[key] for row in part) / 5 for key in rows[0]} for part in (rows[:5], rows[7:]))
-        ends = figures["start"][1], judged
-        before, after = ({kind: sum(values) / 6 for kind, values in end.items()} for end in ends)
-        assert line[1] == f"{first['reward']:.3f} → {last['reward']:.3f}"
-        assert line[2] == f"{before['sampled']:.3f} → {after['sampled']:.3f}"
-        assert line[3].startswith(f"{after['sampled'] - before['sampled']:+.3f} ± ")
-        assert line[4] == f"{before['greedy']:.3f} → {after['greedy']:.3f}"
-        assert line[5] == f"{first['length']:.1f} → {last['length']:.1f}"
-        assert line[6] == f"{sum(row['seconds_sampling'] + row['seconds_training'] for row in rows) / 60:.0f}"
-        curve = pretrained.curve(found[script][0], "reward")
-        assert len(curve) == 12 and curve[0] == rows[0]["reward"]
-        assert curve[6] == pytest.approx(sum(row["reward"] for row in rows[2:7]) / 5)
+        for key, cell, digits in (("reward", line[1], 3), ("length", line[2], 1)):
+            last = sum(row[key] for rows, _ in figures[script] for row in rows[7:]) / 15
+            assert cell.startswith(f"{last:.{digits}f} ± ")
+        for kind, cell in zip(("greedy", "sampled"), line[3:]):
+            assert cell.startswith(f"{sum(end[kind] for _, end in figures[script]) / 3:.3f} ± ")
+        if script != "grpo":  # by hand: the t-distribution with two degrees of freedom has a closed form
+            pairs = [own["sampled"] - base["sampled"] for (_, own), (_, base) in zip(figures[script], figures["grpo"])]
+            center, error = statistics.fmean(pairs), statistics.stdev(pairs) / 3**0.5
+            t = abs(center) / error
+            assert line[5] == f"{center:+.3f} ± {4.302653 * error:.3f}" and line[6] == f"{1 - t / (2 + t * t) ** 0.5:.4f}"
+        curve = pretrained.curve(found[script], "reward")
+        assert len(curve) == 12
+        windows = [sum(row["reward"] for row in rows[2:7]) / 5 for rows, _ in figures[script]]
+        expected = statistics.fmean(windows), 4.302653 * statistics.stdev(windows) / 3**0.5
+        assert [float(value) for value in curve[6]] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed: only the picture needs it")
