@@ -38,6 +38,7 @@ import statistics
 import subprocess
 import sys
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
 from importlib.util import find_spec
@@ -383,13 +384,6 @@ def measured(text):
     return value, [word.lower().removesuffix("s") or word for word in words]
 
 
-def same_unit(unit, other):
-    """Whether two units are the same, in full or abbreviated: centimeter has the letters of cm in their order."""
-    pairs = [sorted(pair, key=len) for pair in zip(unit, other)]
-    return len(unit) == len(other) and all(short == name or len(name) > 3 and re.match(".*".join(short), name)
-                                           for short, name in pairs)
-
-
 def quantity(text):
     r"""A number that is written out, and its unit: "1\frac{1}{2} \text{ cm}" -> (Fraction(3, 2), ["cm"]); else None."""
     value, unit = measured(text)
@@ -406,8 +400,7 @@ def quantity(text):
 def same_quantity(gold, answer):
     """Whether two quantities are equal to a millionth, and in their units if both have one."""
     (gold, unit), (answer, other) = gold, answer
-    units_agree = not unit or not other or same_unit(unit, other)
-    return units_agree and abs(gold - answer) * 10**6 <= min(1, abs(gold))
+    return (unit == other or not unit or not other) and abs(gold - answer) * 10**6 <= min(1, abs(gold))
 
 
 def sides(text):
@@ -457,23 +450,14 @@ class Grader:
        length and brackets, and an inequality is wrong for an interval.
     6. A grading that reaches its deadline or memory limit is stopped, and wrong. So is an absurdly long answer.
 
-    The worker starts when it is first needed. `timeouts` and `crashes` count the gradings that were stopped.
+    Attribute timeouts: how many gradings were stopped at their deadline so far.
     """
 
     def __init__(self, workers=None, deadline=3.0, memory_gb=3.0):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = workers or max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        limits = map(str, (workers, deadline, memory_gb / workers))
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.workers, self.timeouts = workers or max(1, min(8, cores)), 0
+        limits = map(str, (deadline, memory_gb / self.workers))
         self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
-        self.timeouts, self.crashes, self.worker = 0, 0, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.worker:
-            self.worker.kill()  # its forks end at their deadline
-            self.worker.wait()
 
     def grade(self, completion, gold):
         """Whether the completion's answer is the gold's."""
@@ -504,26 +488,30 @@ class Grader:
                     questions.setdefault((gold, answer), []).append(verdict)
         for reply, waiting in zip(self.ask([*questions]), questions.values()):
             self.timeouts += reply == "time-out"
-            self.crashes += reply == "crash"
             for verdict in waiting:
                 verdict.update(correct=reply == "right", why="math-verify" if reply in ("right", "wrong") else reply)
         return verdicts
 
     def ask(self, questions):
-        """The worker's replies to (gold, answer) pairs: right, wrong, time-out or crash."""
-        for _ in range(2 if questions else 0):  # if something else killed the worker, a new one is asked
-            if self.worker is None or self.worker.poll() is not None:
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-                environment = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
-                self.worker = subprocess.Popen(self.command, start_new_session=True, env=environment, **pipes)
-            with contextlib.suppress(BrokenPipeError):
-                print(json.dumps(questions), file=self.worker.stdin, flush=True)
-            if reply := self.worker.stdout.readline():
-                return json.loads(reply)
-            self.worker.wait()
-        if questions:
-            fail("the grader's worker ended twice: is math-verify installed? What it said is above", 1)
-        return []
+        """Replies to (gold, answer) pairs, each from one of the workers: right, wrong, time-out or crash."""
+        shares = [questions[k :: self.workers] for k in range(self.workers)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            replies = list(pool.map(self.ask_worker, shares))
+        return [replies[i % self.workers][i // self.workers] for i in range(len(questions))]
+
+    def ask_worker(self, questions):
+        """Replies of one worker. After a question that ended it, another worker goes on."""
+        replies = []
+        how = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        how["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
+        while len(replies) < len(questions):
+            worker = subprocess.run(self.command, input=json.dumps(questions[len(replies) :]), **how)
+            if worker.returncode > 0:
+                fail("the grader's worker failed: is math-verify installed? Its message is above", 1)
+            replies += worker.stdout.split()
+            if worker.returncode:
+                replies.append("time-out" if worker.returncode == -signal.SIGALRM else "crash")
+        return replies
 
 
 def read(text):
@@ -566,7 +554,7 @@ def same(gold, answer):
     (gold, unit), (answer, other) = measured(gold), measured(answer)
     shapes = [re.sub(r"[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
     shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
-    if shapes[0] != shapes[1] or unit and other and not same_unit(unit, other):
+    if shapes[0] != shapes[1] or unit and other and unit != other:
         return False
     (_, values), (_, found) = sides(gold), sides(answer)
     if len(values) > 1 or len(found) > 1 and "," in answer:
@@ -589,42 +577,27 @@ def same_formula(gold, answer):
     return verify(gold, answer, numeric_precision=1000, timeout_seconds=None)
 
 
-def work(workers, deadline, memory_gb):
-    """The grader's worker: replies to each line of questions with a line, and ends with its parent.
+def work(deadline, memory_gb):
+    """The grader's worker: reads (gold, answer) pairs, and prints its reply to each of them.
 
-    This process only imports sympy. For each question it forks, `workers` at a time. At the deadline the kernel ends
-    the fork by an alarm that nobody handles, and where the import would take a second, a fork takes milliseconds.
+    At the deadline the kernel ends it by an alarm that nobody handles, whatever sympy is doing.
     """
-    import gc
     import logging
 
+    questions = json.load(sys.stdin)
     logging.disable()
-    gc.disable()
+    same("x", "x")  # imports sympy before the clock runs
+    output, sys.stdout, sys.stderr = sys.stdout, None, None  # the messages of a library are not replies
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    same(r"\sqrt{3}-\frac{x^{2}}{2}", r"-\frac{x^{2}}{2}+\sqrt{3}")  # imports and prepares what is needed
-    replies = os.fdopen(os.dup(1), "w")
-    for stream in (1, 2):  # a library's output is not a reply
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    if sys.platform != "darwin":  # macOS does not know this limit
-        limit, hard = int(memory_gb * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    meanings = {0: "right", 256: "wrong", signal.SIGALRM: "time-out"}
-    for line in sys.stdin:
-        questions, forks, statuses = json.loads(line), [], {}
-        while len(statuses) < len(questions):
-            if len(forks) < len(questions) and len(forks) - len(statuses) < workers:
-                forks.append(os.fork())
-                if forks[-1] == 0:
-                    signal.setitimer(signal.ITIMER_REAL, deadline)
-                    try:
-                        right = same(*questions[len(forks) - 1])
-                    except Exception:  # it cannot be read, or sympy cannot compare it
-                        right = False
-                    os._exit(not right)
-            else:
-                fork, status = os.wait()
-                statuses[fork] = status
-        print(json.dumps([meanings.get(statuses[fork], "crash") for fork in forks]), file=replies, flush=True)
+    with contextlib.suppress(ValueError):  # macOS has no such limit, and a lower one stays
+        resource.setrlimit(resource.RLIMIT_AS, [int(memory_gb * 2**30)] * 2)
+    for gold, answer in questions:
+        signal.setitimer(signal.ITIMER_REAL, deadline)
+        try:
+            right = same(gold, answer)
+        except Exception:  # it cannot be read, or sympy cannot compare it
+            right = False
+        print("right" if right else "wrong", file=output, flush=True)
 
 
 # ---- Evaluation ----
@@ -834,21 +807,21 @@ def main():
     say(", ".join(f"{name} {value}" for name, value in settings.items()))
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
     sampler = None
-    with Grader() as grader:
-        for name, file in files.items():
-            if name in finished:
-                result = summarize(finished[name])
-            else:
-                sampler = sampler or (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
-                how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-                result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
-                if args.out and RANK == 0:
-                    aside = file.with_suffix(".part")
-                    aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
-                    aside.rename(file)  # so a file of that name is whole
-            say("{:<24}  {problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
-                "{no_box:>6.3f}  {grader_timeouts:>9}  ".format(name, **result)
-                + "  ".join(f"{k}: {chance:.3f}" for k, chance in result["pass_at_k"].items()))
+    grader = Grader()
+    for name, file in files.items():
+        if name in finished:
+            result = summarize(finished[name])
+        else:
+            sampler = sampler or (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
+            how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
+            result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
+            if args.out and RANK == 0:
+                aside = file.with_suffix(".part")
+                aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
+                aside.rename(file)  # so a file of that name is whole
+        say("{:<24}  {problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
+            "{no_box:>6.3f}  {grader_timeouts:>9}  ".format(name, **result)
+            + "  ".join(f"{k}: {chance:.3f}" for k, chance in result["pass_at_k"].items()))
     if WORLD > 1 and not vllm:  # vLLM does it itself
         dist.destroy_process_group()
 

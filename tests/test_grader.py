@@ -9,10 +9,10 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -42,8 +42,7 @@ def golds_of(name):
 
 @pytest.fixture(scope="module")
 def grader():
-    with ev.Grader(workers=2, deadline=30) as grader:  # a busy machine must not decide
-        yield grader
+    return ev.Grader(workers=2, deadline=30)  # a busy machine must not decide
 
 
 # ---- A table of cases ----
@@ -319,84 +318,72 @@ def test_hostile_answers(answers):
     good = [(boxed(f"{n} + x"), f"x + {n}") for n in range(50)]  # each needs a worker
     hostile = [(boxed(answer), gold) for answer in answers]
     mixed = [pair for pairs in itertools.zip_longest(hostile, good) for pair in pairs if pair]
-    with ev.Grader(workers=2, deadline=deadline) as grader:
-        start = time.perf_counter()
-        verdicts = grader.grade_all(mixed)
-        seconds = time.perf_counter() - start
-        killed = grader.timeouts + grader.crashes
-        print(f"{len(hostile)} hostile in {seconds:.1f} s, {grader.timeouts} time-outs, {grader.crashes} crashes")
-        wrong = [pair for pair, verdict in zip(mixed, verdicts) if verdict != (pair in good)]
-        assert [(completion[:80], gold) for completion, gold in wrong] == []
-        assert killed >= 1
-        assert seconds < 5 * killed * deadline + 60  # ten times what it takes on an idle machine: a hang is for ever
-        assert all(grader.grade_all(good))
-        assert grader.timeouts + grader.crashes == killed
+    grader = ev.Grader(workers=2, deadline=deadline)
+    start = time.perf_counter()
+    verdicts = grader.judge_all(mixed)
+    seconds = time.perf_counter() - start
+    killed = sum(verdict["why"] in ("time-out", "crash") for verdict in verdicts)
+    print(f"{len(hostile)} hostile in {seconds:.1f} s, {killed} workers ended, {grader.timeouts} at the deadline")
+    wrong = [pair for pair, verdict in zip(mixed, verdicts) if verdict["correct"] != (pair in good)]
+    assert [(completion[:80], gold) for completion, gold in wrong] == []
+    assert 1 <= grader.timeouts <= killed
+    assert seconds < 10 * killed * deadline + 60  # ten times what it takes on an idle machine: a hang is for ever
+    assert all(grader.grade_all(good)) and not any(verdict["why"] == "crash" for verdict in grader.judge_all(good))
 
 
 @pytest.mark.long
 def test_hostile_golds():
     """No answer is right for a gold that hangs."""
     golds = [answer for answer in HOSTILE if ev.clean(answer) and len(answer) < 500]
-    with ev.Grader(workers=2, deadline=1.0) as grader:
-        assert not any(grader.grade_all([(boxed("7"), gold) for gold in golds]))
+    assert not any(ev.Grader(workers=2, deadline=1.0).grade_all([(boxed("7"), gold) for gold in golds]))
 
 
 @pytest.mark.long
 def test_memory_limit():
-    """A worker that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
-    with ev.Grader(workers=1, deadline=30, memory_gb=0.5) as grader:
-        assert not grader.grade(boxed("2^{2^{33}}"), r"\sqrt{7}")  # one gigabyte, and more while it is computed
-        if sys.platform == "linux":
-            status = Path(f"/proc/{grader.worker.pid}/limits").read_text()
-            assert int(re.search(r"Max address space\s+(\d+)", status)[1]) == 2**29  # its forks have the same
-        assert grader.grade(boxed("1+x"), "x+1")
-        assert grader.timeouts == 0
+    """A grading that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
+    grader = ev.Grader(workers=1, deadline=30, memory_gb=0.5)
+    greedy = (boxed("2^{2^{33}}"), r"\sqrt{7}")  # one gigabyte, and more while it is computed
+    assert grader.grade_all([greedy, (boxed("1+x"), "x+1")]) == [False, True]
+    assert grader.timeouts == 0
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert sys.platform == "darwin" or used < 2**30
 
 
 def test_duplicates_are_graded_once():
-    with ev.Grader(workers=2, deadline=0.7) as grader:
-        verdicts = grader.grade_all([(boxed("9^{9^{9^{9}}}"), "\\sqrt{5}")] * 20 + [(boxed("x+1"), "1+x")] * 20)
-        assert verdicts == [False] * 20 + [True] * 20
-        assert grader.timeouts == 1
+    grader = ev.Grader(workers=2, deadline=0.7)
+    verdicts = grader.grade_all([(boxed("9^{9^{9^{9}}}"), "\\sqrt{5}")] * 20 + [(boxed("x+1"), "1+x")] * 20)
+    assert verdicts == [False] * 20 + [True] * 20
+    assert grader.timeouts == 1
 
 
-def test_dead_worker_is_replaced():
-    with ev.Grader(workers=1) as grader:
-        assert grader.grade(boxed("x+1"), "1+x")
-        os.kill(grader.worker.pid, signal.SIGKILL)
-        time.sleep(0.2)
-        assert grader.grade(boxed("x+2"), "2+x")
-
-
-def test_question_of_a_killed_worker_is_asked_again():
-    """Killed from outside (by the kernel that is short of memory, say) while it has a question; its fork as well."""
-    with ev.Grader(workers=1) as grader:
-        assert grader.grade(boxed("x+1"), "1+x")
-        os.killpg(grader.worker.pid, signal.SIGSTOP)  # so that it has the question for as long as we want
-        threading.Timer(0.5, os.killpg, (grader.worker.pid, signal.SIGKILL)).start()
-        assert grader.grade(boxed("x+2"), "2+x")
-        assert grader.crashes == grader.timeouts == 0
+def test_a_worker_that_is_killed_costs_one_question():
+    """From outside (by the kernel that is short of memory, say), while it has a question: the others are graded."""
+    grader = ev.Grader(workers=1)
+    code = "import os, signal, sys; sys.path.insert(0, {!r}); import eval as ev; same = ev.same\n" \
+           "ev.same = lambda *pair: os.kill(os.getpid(), signal.SIGKILL) if pair == ('x+2', '2+x') else same(*pair)\n" \
+           "ev.work(3.0, 3.0)".format(str(ROOT))
+    grader.command = [sys.executable, "-c", code]
+    pairs = [("x+1", "1+x"), ("x+2", "2+x"), ("x+3", "3+x")]
+    verdicts = grader.judge_all([(boxed(answer), gold) for gold, answer in pairs])
+    assert [verdict["why"] for verdict in verdicts] == ["math-verify", "crash", "math-verify"]
+    assert [verdict["correct"] for verdict in verdicts] == [True, False, True]
 
 
 def test_worker_that_cannot_start(capsys):
     """In one line, on any rank."""
-    with ev.Grader(workers=1) as grader:
-        grader.command = [sys.executable, "-c", "raise ImportError('no sympy here')"]
-        with pytest.raises(SystemExit) as caught:
-            grader.grade(boxed("x+1"), "1+x")
-    assert caught.value.code == 1 and "worker ended twice" in capsys.readouterr().err
+    grader = ev.Grader(workers=1)
+    grader.command = [sys.executable, "-c", "raise ImportError('no sympy here')"]
+    with pytest.raises(SystemExit) as caught:
+        grader.grade(boxed("x+1"), "1+x")
+    assert caught.value.code == 1 and "worker failed" in capsys.readouterr().err
 
 
 PARENT = """
-import subprocess, sys
+import sys
 sys.path.insert(0, {root!r})
 import eval as ev
-grader = ev.Grader(workers=2, deadline=2.0)
-assert grader.grade("\\\\boxed{{x+1}}", "1+x")
-print(grader.worker.pid, flush=True)
-if {hangs}:
-    grader.grade("\\\\boxed{{9^{{9^{{9^{{9}}}}}}}}", "\\\\sqrt{{5}}")
-sys.stdin.read()
+print(flush=True)
+ev.Grader(workers=1, deadline=2.0).grade_all([("\\\\boxed{{9^{{9^{{9^{{" + str(n) + "}}}}}}}}", "\\\\sqrt{{5}}") for n in range(9, 99)])
 """
 
 
@@ -412,18 +399,18 @@ def is_alive(pid):
 
 @pytest.mark.long
 def test_no_orphans_when_parent_is_killed():
-    """Whether the worker is idle or hangs in sympy: it ends by itself."""
-    for hangs in (False, True):
-        command = [sys.executable, "-c", PARENT.format(root=str(ROOT), hangs=hangs)]
-        parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        pid = int(parent.stdout.readline())
-        time.sleep(0.5)
-        assert is_alive(pid)
-        parent.kill()
-        parent.wait()
-        end = time.time() + 2 + 10
-        while (alive := is_alive(pid)) and time.time() < end:
-            time.sleep(0.2)
-        if alive:
-            os.kill(pid, signal.SIGKILL)
-        assert not alive, hangs
+    """A worker that hangs in sympy ends by itself, however many questions it has."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT))], stdout=subprocess.PIPE)
+    parent.stdout.readline()
+    end, pid = time.time() + 20, None
+    while pid is None and time.time() < end:
+        time.sleep(0.2)
+        pid = next(iter(map(int, subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True).stdout.split())), None)
+    parent.kill()
+    parent.wait()
+    end = time.time() + 2 + 10
+    while (alive := is_alive(pid)) and time.time() < end:
+        time.sleep(0.2)
+    if alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive
