@@ -21,8 +21,8 @@ table has one row per benchmark:
 
 --out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: text,
 math-verify, time-out, crash, too long, no answer). After an interruption the same command skips the
-benchmarks that are finished. --compare prints the difference in accuracy per benchmark with a 95%
-interval (paired bootstrap over problems).
+benchmarks that are finished. --compare prints the difference in accuracy per benchmark, paired
+problem by problem, with a 95% interval.
 """
 
 import argparse
@@ -126,15 +126,12 @@ def usable(rows, name):
     needed = ("it needs a problem, and an answer with a letter or digit, at most a dozen words, and no open braces; "
               "a solution needs \\boxed{} or ####")
     asked, answered, kept = asked[0], answered[0][0], []
-    unused = {"context", "passage", *" ".join(PROBLEMS).split()} & columns.keys() - {*asked}
+    unused = {"context", "passage", "choices", "options", *" ".join(PROBLEMS).split()} & columns.keys() - {*asked}
     if unused:
         say(f"{name}: the problem is in {' and '.join(asked)}; not used: {', '.join(sorted(unused))}")
     for row in rows:
         cells = {column: row.get(columns[column]) for column in columns}
-        choices = cells.get("choices") or cells.get("options") or []
-        choices = choices["text"] if isinstance(choices, dict) else [choices] if isinstance(choices, str) else choices
-        lines = [f"{chr(65 + place)}. {choice}" for place, choice in enumerate(choices)]
-        problem = "\n".join(filter(None, [*(read_cell(cells[column]) for column in asked), *lines]))
+        problem = "\n".join(filter(None, [read_cell(cells[column]) for column in asked]))
         gold = read_cell(cells[answered])
         if "####" in gold:  # GSM8K's "so she has 18 #### 18"
             gold = gold.rpartition("####")[2]
@@ -761,8 +758,6 @@ def parse_args():
 
 def compare(first, second):
     """Print the difference in accuracy, second minus first, on each benchmark that both folders hold."""
-    import numpy
-
     common = [file for file in sorted(Path(first).glob("*.jsonl")) if Path(second, file.name).exists()]
     check(common, f"--compare: {first} and {second} have no finished benchmark in common")
     for file in common:
@@ -770,11 +765,10 @@ def compare(first, second):
         problems = [list(dict.fromkeys(row["problem"] for row in part)) for part in rows]
         check(problems[0] == problems[1], f"{file.name} has other problems, or in another order, in {second}")
         before, after = map(summarize, rows)
-        deltas = numpy.subtract(after["means"], before["means"])  # [problems]
-        draws = numpy.random.default_rng(0).integers(len(deltas), size=(2000, len(deltas)))
-        low, high = numpy.percentile(deltas[draws].mean(1), [2.5, 97.5])
-        say(f"{file.stem}: {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {deltas.mean():+.3f}, "
-            f"95% interval {low:+.3f} to {high:+.3f} ({len(deltas)} problems)")
+        deltas = [b - a for a, b in zip(before["means"], after["means"])]
+        half = 1.96 * statistics.stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else math.nan
+        say(f"{file.stem}: {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {statistics.fmean(deltas):+.3f} "
+            f"± {half:.3f} (95% interval, {len(deltas)} problems)")
 
 
 def main():

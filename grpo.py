@@ -274,45 +274,45 @@ def main():
         bar.set_postfix_str(name)
         starts[name] = time.perf_counter()
 
-    with Grader() as grader:
-        if eval_problems and not done:
-            accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
-            say(f"accuracy before training: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
-        say(" ".join(f"{column:>6}" for column in COLUMNS))
-        for step in bar:
-            phase("sampling")
-            timeouts = grader.timeouts
-            first = (step - 1) * args.prompts_per_step + RANK * share  # place of this rank's first prompt in the order
-            rows = [data[i] for i in order[first : first + share]]
-            prompts, seed = [row["prompt_ids"] for row in rows], args.seed * 1_000_000_007 + first
-            completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
-            sampler.sleep()
-            phase("grading")
-            texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
-            problems = [row for row in rows for _ in range(args.group_size)]
-            rewards = rewards_of(texts, problems, grader)
-            good = len(rewards) == len(texts) and all(value is not None and math.isfinite(value) for value in rewards)
-            check(good, "rewards_of must return one finite number per completion")
-            rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
-            phase("training")
-            optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
-            metrics, advantages = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
-            free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)  # with all that vLLM keeps
-            phase("syncing")
-            sampler.load(full_weights(policy, sampler.dtype))
-            phase("logging")
-            counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
-            metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"]),
-                        "memory_gb": (total - free) / 1e9}
-            due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
-            if eval_problems and due and not counts["terminated"]:
-                metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
-            log_step(run, args, metrics, starts, tokenizer, rows[0], completions, rewards[0], advantages[0])
-            if step == args.steps or counts["terminated"] or (args.save_every and step % args.save_every == 0):
-                save_checkpoint(policy, optimizer, run, step)
-            if counts["terminated"] and step < args.steps:
-                say(f"SIGTERM: saved after step {step}; continue with --resume {run}")
-                return
+    grader = Grader()
+    if eval_problems and not done:
+        accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+        say(f"accuracy before training: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
+    say(" ".join(f"{column:>6}" for column in COLUMNS))
+    for step in bar:
+        phase("sampling")
+        timeouts = grader.timeouts
+        first = (step - 1) * args.prompts_per_step + RANK * share  # place of this rank's first prompt in the order
+        rows = [data[i] for i in order[first : first + share]]
+        prompts, seed = [row["prompt_ids"] for row in rows], args.seed * 1_000_000_007 + first
+        completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
+        sampler.sleep()
+        phase("grading")
+        texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+        problems = [row for row in rows for _ in range(args.group_size)]
+        rewards = rewards_of(texts, problems, grader)
+        good = len(rewards) == len(texts) and all(value is not None and math.isfinite(value) for value in rewards)
+        check(good, "rewards_of must return one finite number per completion")
+        rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
+        phase("training")
+        optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
+        metrics, advantages = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
+        free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)  # with all that vLLM keeps
+        phase("syncing")
+        sampler.load(full_weights(policy, sampler.dtype))
+        phase("logging")
+        counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
+        metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"]),
+                    "memory_gb": (total - free) / 1e9}
+        due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
+        if eval_problems and due and not counts["terminated"]:
+            metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+        log_step(run, args, metrics, starts, tokenizer, rows[0], completions, rewards[0], advantages[0])
+        if step == args.steps or counts["terminated"] or (args.save_every and step % args.save_every == 0):
+            save_checkpoint(policy, optimizer, run, step)
+        if counts["terminated"] and step < args.steps:
+            say(f"SIGTERM: saved after step {step}; continue with --resume {run}")
+            return
 
     save_final(policy, tokenizer, sampler.stops, run / "final")
     say(f"the model is in {run / 'final'}, metrics.jsonl and samples.jsonl are beside it")
@@ -422,7 +422,8 @@ class VLLMSampler:
         """Like HFSampler, with other random numbers: vLLM adds k to the seed of a prompt, (seed + i)·n."""
         seeds = [(seed + i) * n % 2**62 for i in range(len(prompt_ids))]
         params = [self.params(n=n, temperature=temperature, seed=own) for own in seeds]
-        done = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
+        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        done = self.engine.generate(prompts, params, use_tqdm=False)
         return [Completion(list(o.token_ids), o.finish_reason, o.logprobs.logprobs) for r in done for o in r.outputs]
 
 
@@ -574,7 +575,6 @@ def parse_args():
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     taken = not args.resume and args.output_dir and Path(args.output_dir, "checkpoints").exists()
     check(not taken, f"--output_dir {args.output_dir} holds a run: choose another, remove it, or --resume it")
-    check(not args.resume or int(checkpoints(args.resume)[-1].name[5:]) <= args.steps, "--resume: it is past --steps")
     return args
 
 

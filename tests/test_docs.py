@@ -298,9 +298,9 @@ def test_the_reward_that_is_shown():
     (source,) = [content for language, content in FENCED if language == "python"]
     names = {}
     exec(source, names)
-    with evaluation.Grader(workers=1) as grader:
-        rows = [{"problem": "1+1?", "answer": "2"}] * 3
-        rewards = names["rewards_of"](["\\boxed{2}", "\\boxed{3}", "3"], rows, grader)
+    grader = evaluation.Grader(workers=1)
+    rows = [{"problem": "1+1?", "answer": "2"}] * 3
+    rewards = names["rewards_of"](["\\boxed{2}", "\\boxed{3}", "3"], rows, grader)
     assert rewards == pytest.approx([1.0, 0.1, 0.0])
 
 

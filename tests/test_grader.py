@@ -249,16 +249,13 @@ def test_cells_that_are_not_text(tmp_path, capsys):
 
 
 def test_problems_in_several_columns_or_turns(tmp_path, capsys):
-    """Known pairs and choices are joined, turns too. Whatever is left out is named."""
+    """Known pairs are joined, turns too. Whatever is left out is named."""
     def problem(**row):
         (loaded,) = ev.load_problems(write(tmp_path / "row.jsonl", [{**row, "answer": "5"}]))
         return loaded["problem"]
 
     assert problem(instruction="Add.", input="2+3") == "Add.\n2+3"
     assert problem(Body="Tom has 2 and 3.", Question="How many?") == "Tom has 2 and 3.\nHow many?"
-    assert problem(question="2+3?", choices=["4", "5"]) == "2+3?\nA. 4\nB. 5"
-    assert problem(question="2+3?", choices="4 or 5") == "2+3?\nA. 4 or 5"
-    assert problem(question="2+3?", options={"text": ["4", "5"], "label": ["A", "B"]}) == "2+3?\nA. 4\nB. 5"
     assert problem(prompt=[{"role": "system", "content": "Add."}, {"role": "user", "content": "2+3?"}]) == "Add.\n\n2+3?"
     turns = [{"role": "user", "content": [{"type": "text", "text": "2+3?"}]}, {"role": "assistant", "content": "5"}]
     assert problem(prompt=turns) == "2+3?"
@@ -267,6 +264,8 @@ def test_problems_in_several_columns_or_turns(tmp_path, capsys):
     assert "the problem is in problem; not used: context" in capsys.readouterr().out
     assert problem(problem="2+3?", prompt="Be brief.") == "2+3?"
     assert "not used: prompt" in capsys.readouterr().out
+    assert problem(question="2+3?", choices=["4", "5"], options="4 or 5") == "2+3?"
+    assert "not used: choices, options" in capsys.readouterr().out
 
 
 def test_a_json_array_is_read(tmp_path):

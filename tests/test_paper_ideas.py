@@ -323,12 +323,12 @@ def test_tw_grpo_without_weights_is_dapo_bit_for_bit(paper, alone):
 
 def test_tw_grpo_soft_rewards(paper):
     script, golds = paper("tw_grpo"), ("A,B,C", "42", "x", "a,b")
-    with script.Grader(workers=1) as grader:
-        for gold, answers in zip(golds, ({"A,C": 2 / 3, "C, A": 2 / 3, r"\text{A}": 1 / 3, "A and C": 2 / 3, "(A,C)": 2 / 3, "A,D": 0, "A,B,C": 1, "": 0},
-                                        {"4,2": 0, "42": 1, "4": 0}, {"X": 0}, {"a": 0})):
-            for answer, reward in answers.items():
-                assert script.rewards_of([rf"\boxed{{{answer}}}"], [{"answer": gold}], grader) == [pytest.approx(reward)], answer
-        assert script.rewards_of(["I do not know."], [{"answer": "N,O"}], grader) == [0]
+    grader = script.Grader(workers=1)
+    for gold, answers in zip(golds, ({"A,C": 2 / 3, "C, A": 2 / 3, r"\text{A}": 1 / 3, "A and C": 2 / 3, "(A,C)": 2 / 3, "A,D": 0, "A,B,C": 1, "": 0},
+                                    {"4,2": 0, "42": 1, "4": 0}, {"X": 0}, {"a": 0})):
+        for answer, reward in answers.items():
+            assert script.rewards_of([rf"\boxed{{{answer}}}"], [{"answer": gold}], grader) == [pytest.approx(reward)], answer
+    assert script.rewards_of(["I do not know."], [{"answer": "N,O"}], grader) == [0]
 
 
 # G²RPO-A, iGRPO, RC-GRPO: what is sampled -----------------------------------------------------------------------------

@@ -258,8 +258,8 @@ def serve_trl(file):
     trainer.compute_loss = keep_loss
     trainer._generate = watch("sampling", trainer._generate)
     trainer._calculate_rewards = watch("grading", trainer._calculate_rewards)
-    with Grader() as grader:
-        trainer.train()
+    grader = Grader()
+    trainer.train()
 
 
 class Trainer:
