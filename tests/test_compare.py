@@ -51,6 +51,7 @@ def test_the_command_teaches_the_same_model(tmp_path):
     assert models[0] == models[1]
 
 
+@pytest.mark.long
 def test_the_table_is_the_runs(output):
     text = (output / "table.md").read_text()
     lines = [line.split(" | ") for line in text.partition("The methods' own")[0].splitlines() if "`" in line]
@@ -65,6 +66,7 @@ def test_the_table_is_the_runs(output):
         assert line[4:7] == [f"{final[0]:.3f}", f"{final[0]:.3f}", f"{final[1]:.1f}"]
 
 
+@pytest.mark.long
 def test_the_length_of_wrong_answers(output):
     """In tokens, of what earns less than 1; on the tree nearly all does, so it is the mean length, perhaps without the end."""
     ARGS.output = output
@@ -107,6 +109,7 @@ def test_steps_to_target_and_intervals():
     assert list(compare.curve([[{"lam": 1.0}], [{"lam": 3.0}]], "lam"))[0] == (2.0,)
 
 
+@pytest.mark.long
 def test_finished_runs_are_not_repeated_and_others_not_mixed_in(output, capsys):
     before = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")}
     start(output)
@@ -148,6 +151,7 @@ def test_a_papers_patch_beside_grpo(tmp_path, capsys):
     assert "--methods 'ppo.py'" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed: only the picture needs it")
 def test_the_pictures_are_drawn(output, monkeypatch):
     """That of the comparison, and the curves of any runs."""

@@ -182,6 +182,7 @@ def test_flowrl_begins_as_grpo(paper, float64):
     torch.testing.assert_close(gradient, 30 * expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.long
 def test_flowrl_keeps_log_z(paper, tmp_path, monkeypatch):
     """It is trained, and in checkpoints: a resumed run is the same bit for bit. It is not in the final model."""
     script = paper("flowrl")
@@ -250,6 +251,7 @@ def test_astar_po_begins_as_the_policy_gradient(paper, float64):
     torch.testing.assert_close(logp.grad, 0.2 * 150 * plain.grad)
 
 
+@pytest.mark.long
 def test_astar_po_estimates_what_it_needs_once(paper, tmp_path, monkeypatch):
     """V* of the prompts that the steps use, from the reference; a resumed run with more steps adds the new ones."""
     script, asked = paper("astar_po"), []
@@ -359,6 +361,7 @@ def test_g2rpo_a_without_guidance_is_grpo_bit_for_bit(paper, tmp_path, monkeypat
         assert own.pop("unguided_reward") == pytest.approx(own["reward"]) and own.pop("guidance") and own == plain
 
 
+@pytest.mark.long
 def test_g2rpo_a_begins_with_the_solution(paper, tmp_path, monkeypatch):
     """The first of each group begin with it, with NaN for its log-probabilities; the others are grpo.py's. ℓ by the rule."""
     script = paper("g2rpo_a")
