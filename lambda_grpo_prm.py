@@ -380,9 +380,10 @@ class HFSampler:
     @torch.inference_mode()
     def __call__(self, prompts, n, seed, temperature):
         """n Completions per prompt, B in all; temperature 0 is greedy. Number k of prompt i has seed (seed + i, k)."""
-        device, width = self.model.device, max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B/n, S]
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        device = self.model.device
+        sequences = [torch.tensor(prompt) for prompt in prompts]
+        ids = pad_sequence(sequences, batch_first=True, padding_value=-1, padding_side="left").to(device)  # [B/n, S]
+        mask, ids = (ids >= 0).long(), ids.clamp(min=0)
         seeds = [(seed + i, k) for i in range(len(prompts)) for k in range(n)]
         uniform = np.stack([np.random.default_rng(own).random(self.max_new_tokens) for own in seeds])  # [B, T]
         uniform, stops = torch.tensor(uniform, device=device), torch.tensor(self.stops, device=device)
@@ -455,8 +456,7 @@ class VLLMSampler:
         """Like HFSampler, with other random numbers: vLLM adds k to the seed of a prompt, (seed + i)·n."""
         seeds = [(seed + i) * n % 2**62 for i in range(len(prompt_ids))]
         params = [self.params(n=n, temperature=temperature, seed=own) for own in seeds]
-        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-        done = self.engine.generate(prompts, params, use_tqdm=False)
+        done = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
         return [Completion(list(o.token_ids), o.finish_reason, o.logprobs.logprobs) for r in done for o in r.outputs]
 
 
@@ -588,13 +588,13 @@ def parse_args():
         check(checkpoints(given.resume), f"--resume {given.resume}: there is no checkpoint, so start a new run")
         saved = json.loads(Path(given.resume, "args.json").read_text())
         same = set(saved) == {"script", *vars(given)} and saved.pop("script") == SCRIPT
-        check(same and given.model in (None, saved["model"]), "--resume: a run of another script, version or model")
-        check(not given.output_dir, "--resume continues in the folder of its run: leave --output_dir out")
+        check(same, "--resume: a run of another script or version")
     parser.set_defaults(**saved)
     args = Args(**vars(parser.parse_args()))
     if given.resume:
         changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
-        past = changed & {"seed", "dataset", "prompts_per_step", "group_size", "system_prompt", "max_prompt_tokens"}
+        fixed = "model seed dataset prompts_per_step group_size system_prompt max_prompt_tokens output_dir"
+        past = changed & {*fixed.split()}
         check(not past, f"--resume: {', '.join(past)} cannot change within a run")
         say(f"changed from now on: {', '.join(changed) or 'nothing'}")
     for name, value in vars(args).items():
