@@ -307,12 +307,11 @@ def load_prompts(name, split, tokenizer, args):
 SPELLINGS = {  # what may be in an answer: how it is read
     r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
     "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "√": r"\sqrt ",
-    r"\left": "", r"\right": "", r"\mathbf": "", r"\boldsymbol": "", r"\mathrm": r"\text", r"\mbox": r"\text",
-    r"\textbf": r"\text", r"\text {": r"\text{", r"\text{ ": r"\text{", " }": "}", r"\text{and}": ",",
-    r"\text{or}": ",", " and ": ",", " or ": ",", ",,": ",", "{,}": ",",
+    r"\text {": r"\text{", r"\text{ ": r"\text{", " }": "}", r"\text{and}": ",", r"\text{or}": ",", " and ": ",",
+    " or ": ",", "{,}": ",",
     "°": r"\text{degrees}", r"^{\circ}": r"\text{degrees}", r"^\circ": r"\text{degrees}", r"\%": "%",
     "%": r"\text{percent}", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
-UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square "
+UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square cubic "
          "per of a each").split()  # and all plurals
 NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs dozens hundreds thousands "
                  "illions".split())  # endings
@@ -349,18 +348,20 @@ def clean(text):
     if text.isdecimal():  # most answers are
         return text
     text = re.sub(r"\\[()\[\]!$]|[$£€`]|\*\*|</?answer>", "", text.replace(r"\\", "\0"))
-    text = re.sub(r"\\[,;: ]|[~\s]", " ", text)
+    text = re.sub(r"\\[,;: ]|\\quad|[~\s]", " ", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|mathbf|mathit|boldsymbol|bm|[bB]ig+[lr]?)(?![a-z])", "", text)
+    text = re.sub(r"\\(?:mathrm|mbox|text[a-z]+)", r"\\text", text)
     for spelling, meaning in SPELLINGS.items():
         text = text.replace(spelling, meaning)
-    text = " ".join(text.split()).removesuffix(".")
+    text = re.sub(r",( ?,)+", ",", " ".join(text.split()).removesuffix("."))
     text = re.sub(r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}", text)  # \frac12
     text = re.sub(r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}", text)
-    text = re.sub(r"(?<![\w.}])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}", text)  # 1/2
+    text = re.sub(r"(?<![\w.}^])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}", text)  # 1/2
     text = re.sub(r"(\d)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
     text = re.sub(r"^(-?)10 ?\^", r"\g<1>1 \\times 10^", text)
-    text = re.sub(r"\\text\{([^a-zA-Z{}]*|[ei])\}", r"\1", text)  # \text{5}, and e from \mathrm{e}
+    text = re.sub(r"\\text\{([^a-zA-Z{}]*|\d[^{}]*|[ei])\}", r"\1", text)  # \text{5 cm}, and e from \mathrm{e}
     text = re.sub(r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2", text)  # {5} and (5)
-    text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$|, ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
+    text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$|(,|\\text\{(for|where)( all)?\}) ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
     text = (stated(text) or text).lstrip("}").strip()
@@ -373,7 +374,7 @@ def measured(text):
     Single letters are factors, and other words change the value: "5 x" and "5 squared" have no unit and stay whole.
     """
     value, rest = re.fullmatch(r"(.*?) ?(\\text.*| [a-z][a-z/].*|)", text, re.I).groups()
-    words = re.findall(r"\^-?\d|\w+|\S", re.sub(r"\\text|[{}.]", " ", rest).replace("/", " per "))
+    words = re.findall(r"\^-?\d|\w+|\S", re.sub(r"\\text|[{}.]", "", rest).replace("/", " per "))
     for place, word in enumerate(words):
         plural = word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
         if not (plural or word in UNITS or word[0] == "^" and place):
@@ -403,7 +404,7 @@ def same_quantity(gold, answer):
 def sides(text):
     """The name and the values of an equation: "x = 3+4 = 7" -> ("x", ["3+4", "7"]), "7" -> ("", ["7"])."""
     first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
-    name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([\w, ]*\))?"  # x_1, f(n), Area
+    name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([-\w, ]*\))?"  # x_1, f(n), Area
     return (first, rest) if rest and re.fullmatch(name, first, re.I) else ("", [first, *rest])
 
 
@@ -532,24 +533,28 @@ def read(text):
 
 def work_left(tree):
     """How much a formula leaves to be done: sympy makes 2x + 3x shorter, (x+1)(x+2) multiplies sums; n(n-1) is done."""
-    from sympy import Expr, cancel, expand, preorder_traversal
+    from sympy import Expr, I, cancel, expand, preorder_traversal
     from sympy.concrete.expr_with_limits import ExprWithLimits
+
+    def size(form):  # operations, and the letters, roots of -1, ... that they combine
+        return form.count_ops() + sum(part.is_Atom and not part.is_Rational for part in preorder_traversal(form))
 
     if not isinstance(tree, Expr):
         return sum(map(work_left, getattr(tree, "args", tree)))  # a matrix has no args
     left = int(tree.has(ExprWithLimits))
     for part in preorder_traversal(tree):
-        left += part.is_Add and sum(term.is_rational is True for term in part.args) > 1
         left += part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
-        left += bool(part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1)
+        if part.is_Pow:  # (x+1)^2, i^3, 1/(2-i), a root of 7+4√3
+            raised = part.exp.is_Integer and part.exp > 1
+            left += bool(part.base == I or part.base.is_Add and (raised or part.base.is_number))
     done = tree.doit()
-    return left + max(0, tree.count_ops() - min(form.count_ops() for form in (done, expand(done), cancel(done))))
+    return left + max(0, size(tree) - min(map(size, (done, expand(done), cancel(done)))))
 
 
 def same(gold, answer):
     """Whether two cleaned texts mean the same, by principle 5. Of an equation that states a value, every side does."""
     (gold, unit), (answer, other) = measured(gold), measured(answer)
-    shapes = [re.sub(r"[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
+    shapes = [re.sub(r"\\sqrt\[\w+\]|[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
     shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
     if shapes[0] != shapes[1] or unit and other and unit != other:
         return False
@@ -560,16 +565,22 @@ def same(gold, answer):
 
 
 def same_formula(gold, answer):
-    """Whether math-verify finds two trees equal, and the answer is as far worked out and solved as the gold."""
+    """Whether math-verify finds two trees equal, and the answer is as far worked out and solved as the gold.
+
+    It has no function that the gold does not have: a sine of 30 degrees is not worked out.
+    """
     from math_verify import verify
-    from sympy import Number
+    from sympy import Float, Function
     from sympy.core.relational import Relational
 
     if gold is None or answer is None or work_left(answer) > work_left(gold):
         return False
+    known = {function.func for function in gold.atoms(Function)}
+    if any(function.func not in known for function in answer.atoms(Function)):
+        return False
     if isinstance(gold, Relational) and isinstance(answer, Relational) and answer.count_ops() > gold.count_ops():
         return False
-    if isinstance(answer, Number) and gold.is_number:
+    if isinstance(answer, Float) and gold.is_number:  # a decimal may be rounded
         return abs((gold - answer).evalf(30, maxn=1000)) * 10**6 <= min(1, abs(gold.evalf()))
     return verify(gold, answer, numeric_precision=1000, timeout_seconds=None)
 

@@ -174,7 +174,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """Train on a rank's prompts [P][ids], completions [P·G], rewards [P, G] -> all ranks' metrics, advantages [P, G].
+    """Train on a rank's P prompts [P][ids], completions [P·G], rewards [P, G] -> all ranks' metrics, advantages [P, G].
 
     A token has four log-probabilities: the policy's (logp, with gradient), that of the policy before the first update
     (old_logp, for the ratio), the reference's (ref_logp, for the KL term), and the sampler's (sampler_logp, for TIS).

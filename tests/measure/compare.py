@@ -480,6 +480,23 @@ def draw(args, found):
     save_picture(figure, args.picture)
 
 
+def draw_differences(args, found):
+    """Of many methods only the paired differences in mean reward, a line each; beyond 0.2 they are not shown."""
+    plt, pairs = pyplot(), comparisons(found)
+    methods = list(dict.fromkeys(method for _, method, *_ in pairs))
+    figure, axes = plt.subplots(1, len(found), figsize=(3 * len(found) + 3, 0.3 * len(methods) + 1), layout="constrained",
+                                sharey=True, squeeze=False)
+    for task, axis in zip(found, axes[0]):
+        own = [(method, *interval(early)) for name, method, _, early, _ in pairs if name == task]
+        for method, center, half in own:
+            axis.errorbar(center, methods.index(method), xerr=half, fmt="o", color=LOOKS[4]["color"], capsize=3, clip_on=True)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=f"{task}: mean reward minus grpo.py", yticks=range(len(methods)), yticklabels=methods, xlim=(-0.2, 0.2))
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    save_picture(figure, args.picture)
+
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 def parse_args():
@@ -526,7 +543,7 @@ def main():
     (args.output / "table.md").write_text(text)
     print(text)
     if find_spec("matplotlib"):
-        draw(args, found)
+        (draw if len(tuned(args)) <= len(LOOKS) else draw_differences)(args, found)
     else:
         print("no picture was drawn, because matplotlib is missing: install it, and start the same command again")
 
