@@ -355,7 +355,7 @@ def clean(text):
         text = text.replace(spelling, meaning)
     text = re.sub(r",( ?,)+", ",", " ".join(text.split()).removesuffix("."))
     text = re.sub(r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}", text)  # \frac12
-    text = re.sub(r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}", text)
+    text = re.sub(r"(\\frac ?\{[^{}]*\}) ?(\w)", r"\1{\2}", text)
     text = re.sub(r"(?<![\w.}^])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}", text)  # 1/2
     text = re.sub(r"(\d)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
     text = re.sub(r"^(-?)10 ?\^", r"\g<1>1 \\times 10^", text)
@@ -548,7 +548,8 @@ def work_left(tree):
             raised = part.exp.is_Integer and part.exp > 1
             left += bool(part.base == I or part.base.is_Add and (raised or part.base.is_number))
     done = tree.doit()
-    return left + max(0, size(tree) - min(map(size, (done, expand(done), cancel(done)))))
+    single = done if done.is_Add else cancel(done)  # the fractions of a sum need not be brought together
+    return left + max(0, size(tree) - min(map(size, (done, expand(done), single))))
 
 
 def same(gold, answer):
