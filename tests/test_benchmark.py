@@ -11,8 +11,7 @@ from conftest import launch
 
 EXPECTED = (  # parts of rows
     "2048 tokens per micro-batch", "one micro-batch", "whole step, sampling", "whole step, training", "not run: no --trl",
-    "lambda_grpo_learnable.py / grpo.py", "lambda_grpo_prm.py / grpo.py", "grpo_lambda_traces.py / grpo.py",
-    "half equal: rows left out / kept", "share of that rate: training step", "both, time: matrix / trace", "both, memory: trace / matrix", "trie / process_set_sizes",
+    "half equal: rows left out / kept", "share of that rate: training step",
 )
 
 
@@ -62,19 +61,6 @@ def test_a_pair_that_disagrees_is_not_timed(tmp_path, alone, capsys):
 def test_a_row_has_median_and_quartiles(capsys):
     benchmark.row("sets", "four", [4.0, 1.0, 2.0, 3.0, 9.0], "s")
     assert capsys.readouterr().out.split() == ["sets", "four", "3", "s", "2", "to", "4"]
-
-
-def test_peak_memory_of_tensors():
-    """[1000] floats twice, then one of them is gone before the third comes."""
-    def function():
-        one = torch.ones(1000) + torch.ones(1000)
-        return one * 2
-
-    assert benchmark.peak_memory(function) == 3 * 4000
-
-
-def test_trie():
-    assert benchmark.by_trie([["ABC", "ABD", "AE"]]) == [[[3, 2, 1], [3, 2, 1], [3, 1]]]
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import benchmark
 import gpu
 import pytest
 import torch
@@ -23,6 +22,18 @@ import grpo
 CASE = 2, 16, 800  # rows, prompt, completion: more than a chunk of the head
 WIDE = gpu.config_of("tiny")  # so wide that the peak is in a layer's backward pass, and not in the head
 WIDE.intermediate_size, WIDE.vocab_size = 1024, 512
+
+
+def peak_memory(function):
+    """The bytes of tensors that a call holds at most above those before it, counted by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 @pytest.mark.long
@@ -117,7 +128,7 @@ def test_simulated_peak_is_what_the_allocator_hands_out(alone):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         policy = gpu.load_policy(gpu.random_model(WIDE), gpu.mesh_of("cpu", 1))
-        peak = benchmark.peak_memory(lambda: [gpu.micro_batch(policy, *gpu.full_rows(*CASE)) for _ in range(2)])
+        peak = peak_memory(lambda: [gpu.micro_batch(policy, *gpu.full_rows(*CASE)) for _ in range(2)])
     finally:
         dist.destroy_process_group()
     states = sum(alone[row] for row in ("parameters", "AdamW"))

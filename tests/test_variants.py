@@ -77,6 +77,15 @@ def test_trace_weights_of_a_mask_with_holes(style, decay):
     close(traces.trace_weights(mask, decay, style), (mask @ trace_matrix(23, decay, style)) * mask)
 
 
+def test_trace_of_a_long_completion():
+    """A matrix [T, T] would take 69 GB. Far from the start the trace of ones has reached its limit, 1 / (1 - decay)."""
+    for style in ("recent", "both"):
+        x = torch.ones(1, 2**17, requires_grad=True)
+        y = traces.trace(x, 0.9, style)
+        y.sum().backward()
+        assert y[0, -1].item() == pytest.approx(10 if style == "recent" else 20, rel=1e-4) and x.grad[0, -1] == 1
+
+
 def test_trace_examples():
     x = torch.ones(1, 3)
     close(traces.trace(x, 0.5, "recent"), torch.tensor([[1, 1.5, 1.75]]))

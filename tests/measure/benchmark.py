@@ -1,16 +1,13 @@
 """The cost of the scripts, measured side by side: one command, one table.
 
     python tests/measure/benchmark.py                          all parts
-    python tests/measure/benchmark.py --only sets --quick      one part, small: to see that it runs, not to quote
+    python tests/measure/benchmark.py --only rows --quick      one part, small: to see that it runs, not to quote
     python tests/measure/benchmark.py --only trl --trl ENV/bin/python
                                           against TRL; ENV: pip install -r requirements.txt trl==1.16.0
 
   trl       a training step of grpo.py against TRL's GRPOTrainer, equal loss and gradient; a whole step by phase
   rows      a training step that leaves groups of equal rewards out, against one that keeps them
   matmul    a training step of a 135M model, against a matrix product as fast as this core can
-  variants  a training step of each variant against grpo.py's
-  trace     eligibility traces (trace) against a T × T matrix: time and peak memory
-  sets      process sets (process_set_sizes) against a trie in Python
 
 The candidates take turns, in alternating order, with one thread. The table has medians and quartiles; a ratio is taken
 in each turn, and then its median and quartiles. Each pair is first shown to compute the same thing.
@@ -18,7 +15,6 @@ in each turn, and then its median and quartiles. Each pair is first shown to com
 
 import argparse
 import contextlib
-import gc
 import importlib
 import json
 import math
@@ -46,7 +42,6 @@ from tqdm import tqdm  # noqa: E402
 
 from eval import Grader, fail, load_problems, load_tokenizer  # noqa: E402
 
-SCRIPTS = ("grpo", "grpo_lambda_traces", "lambda_grpo_learnable", "lambda_grpo_prm")
 TRL = "1.16.0"
 BUDGET = 2048  # tokens of a micro-batch
 
@@ -88,18 +83,6 @@ def seconds_of(functions, repetitions, title):
 def ratios(results, above, below):
     """above / below, turn by turn."""
     return [a / b for a, b in zip(results[above], results[below])]
-
-
-def peak_memory(function):
-    """The bytes of tensors that a call holds at most above those before it, counted by torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 # Batches and steps ----------------------------------------------------------------------------------------------------
@@ -417,100 +400,9 @@ def part_matmul(options):
     row("matmul", "share of that rate: training step", ratios(rates, "step", "product"))
 
 
-# The variants and their functions -------------------------------------------------------------------------------------
-
-def part_variants(options):
-    batch = made_up(*((4, 4) if options.quick else (16, 8)), lambda g: g.randint(10, 40))
-    steps = {name: training_step(name, batch) for name in SCRIPTS}
-    times = seconds_of(steps, 2 * options.repetitions, "variants")
-    for name in SCRIPTS:
-        row("variants", f"training step, {len(batch['completions'])} completions: {name}.py", times[name], "s")
-    for name in SCRIPTS[1:]:
-        row("variants", f"{name}.py / grpo.py", ratios(times, name, "grpo"))
-
-
-def by_matrix(x, decay, style):
-    """The trace by a [T, T] matrix of weights, built once for the whole batch: the plain way, at its best."""
-    t = torch.arange(x.shape[-1], dtype=x.dtype)
-    lag = t[:, None] - t  # [T, T]: how far token k lies before token t
-    weights = decay ** lag.clamp(min=0)
-    if style == "both":
-        weights = torch.maximum(weights, decay ** t.expand_as(lag))
-    return x @ (weights * (lag >= 0)).T
-
-
-def part_trace(options):
-    """Forward and backward pass of a trace of [16, T]."""
-    from grpo_lambda_traces import trace
-
-    length = 256 if options.quick else 4096
-    torch.manual_seed(0)
-    x = torch.randn(16, length, requires_grad=True)
-    for style in ("recent", "both"):
-        name, functions, gradients = f"[16, {length}], {style}", {}, {}
-        for way, function in (("trace", trace), ("matrix", by_matrix)):
-            functions[way] = lambda f=function: torch.autograd.grad(f(x, 0.99, style).square().sum(), x)
-            (gradients[way],) = functions[way]()
-        if not torch.allclose(*gradients.values(), rtol=1e-3, atol=1e-3 * gradients["matrix"].abs().max()):
-            fail("trace and the matrix do not compute the same", 1)
-        times = seconds_of(functions, options.repetitions, "trace")
-        for way in times:
-            row("trace", f"{name}: {way}", times[way], "s")
-        row("trace", f"{name}, time: matrix / trace", ratios(times, "matrix", "trace"))
-        memory = {way: peak_memory(function) for way, function in functions.items()}
-        row("trace", f"{name}, memory: trace / matrix", f"{memory['trace'] / memory['matrix']:.3g}")
-
-
-def by_trie(groups):
-    """Process set sizes by a prefix tree of each group's completions: a node is (children, completions through it)."""
-    sizes = []
-    for completions in groups:
-        root, paths = ({}, [0]), []
-        for ids in completions:
-            node, path = root, []
-            for token in ids:
-                node = node[0].setdefault(token, ({}, [0]))
-                node[1][0] += 1
-                path.append(node)
-            paths.append(path)
-        sizes.append([[node[1][0] for node in path] for path in paths])
-    return sizes
-
-
-def part_sets(options):
-    """Each completion starts as one before it, for a random part of its length."""
-    from lambda_grpo_prm import process_set_sizes
-
-    groups, group_size, longest = (4, 4, 64) if options.quick else (64, 16, 1024)
-    generator, data = random.Random(0), [[] for _ in range(groups)]
-    for group in data:
-        for i in range(group_size):
-            ids = [generator.randrange(32_000) for _ in range(generator.randint(longest // 2, longest))]
-            if i:
-                shared = generator.choice(group)[: int(generator.random() ** 2 * len(ids))]
-                ids[: len(shared)] = shared
-            group.append(ids)
-    lengths = torch.tensor([[len(ids) for ids in group] for group in data])
-    mask = torch.arange(longest) < lengths[..., None]  # [P, G, T]
-    padded = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(
-        mask, torch.tensor([token for group in data for ids in group for token in ids]))
-    sizes = process_set_sizes(padded, mask)
-    expected = torch.tensor([size for group in by_trie(data) for ids in group for size in ids])
-    if not torch.equal(sizes[mask].long(), expected):
-        fail("process_set_sizes and the trie do not compute the same", 1)
-    gc.disable()  # the collector would take most of the trie's time
-    functions = {"process_set_sizes": lambda: process_set_sizes(padded, mask), "trie": lambda: by_trie(data)}
-    times = seconds_of(functions, options.repetitions, "sets")
-    for key in times:
-        name = f"{groups} groups of {group_size} × {longest}, |λ| {expected.float().mean():.1f}: {key}"
-        row("sets", name, times[key], "s")
-    row("sets", "trie / process_set_sizes", ratios(times, "trie", "process_set_sizes"))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 
-PARTS = {"trl": part_trl, "rows": part_rows, "matmul": part_matmul, "variants": part_variants, "trace": part_trace,
-         "sets": part_sets}
+PARTS = {"trl": part_trl, "rows": part_rows, "matmul": part_matmul}
 
 
 def main():
