@@ -311,8 +311,8 @@ SPELLINGS = {  # what may be in an answer: how it is read
     " or ": ",", "{,}": ",",
     "°": r"\text{degrees}", r"^{\circ}": r"\text{degrees}", r"^\circ": r"\text{degrees}", r"\%": "%",
     "%": r"\text{percent}", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
-UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square cubic "
-         "per of a each").split()  # and all plurals
+UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square "
+         "cubic per of a each").split()  # and all plurals
 NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs dozens hundreds thousands "
                  "illions".split())  # endings
 NUMBER = re.compile(r"""
@@ -361,7 +361,8 @@ def clean(text):
     text = re.sub(r"^(-?)10 ?\^", r"\g<1>1 \\times 10^", text)
     text = re.sub(r"\\text\{([^a-zA-Z{}]*|\d[^{}]*|[ei])\}", r"\1", text)  # \text{5 cm}, and e from \mathrm{e}
     text = re.sub(r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2", text)  # {5} and (5)
-    text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$|(,|\\text\{(for|where)( all)?\}) ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
+    text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$", "", text)
+    text = re.sub(r"(,|\\text\{(for|where)( all)?\}) ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
     text = (stated(text) or text).lstrip("}").strip()
@@ -405,6 +406,7 @@ def sides(text):
     """The name and the values of an equation: "x = 3+4 = 7" -> ("x", ["3+4", "7"]), "7" -> ("", ["7"])."""
     first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
     name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([-\w, ]*\))?"  # x_1, f(n), Area
+    name += r"|\([a-z\\]+, ?[a-z\\, ]+\)"  # (x, y)
     return (first, rest) if rest and re.fullmatch(name, first, re.I) else ("", [first, *rest])
 
 
@@ -421,7 +423,7 @@ def judge_text(gold, answer):
     if tight[0] == tight[1] or not gold or not answer:
         return bool(gold and answer)
     (name, values), (other, found) = sides(gold), sides(answer)
-    if name and other and name != other and "," not in gold:
+    if name and other and name != other and ("," not in gold or name[0] == "("):
         return False
     expected = quantity(values[0]) if len(values) == 1 else None
     if expected:  # the other sides may be sums, but not 2x, or 5 <
@@ -555,13 +557,14 @@ def work_left(tree):
 def same(gold, answer):
     """Whether two cleaned texts mean the same, by principle 5. Of an equation that states a value, every side does."""
     (gold, unit), (answer, other) = measured(gold), measured(answer)
-    shapes = [re.sub(r"\\sqrt\[\w+\]|[^][(),]", "", text.replace(r"\pm", ",")) for text in (gold, answer)]  # (,] for (3,4]
-    shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
-    if shapes[0] != shapes[1] or unit and other and unit != other:
-        return False
     (_, values), (_, found) = sides(gold), sides(answer)
     if len(values) > 1 or len(found) > 1 and "," in answer:
         values, found = [gold], [answer]
+    texts = [side.replace(r"\pm", ",") for side in values + found]
+    shapes = [re.sub(r"\\sqrt\[\w+\]|[^][(),]", "", side) for side in texts]  # (,] for (3,4]
+    shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
+    if any(shape != shapes[0] for shape in shapes) or unit and other and unit != other:
+        return False
     return all(same_formula(read(values[0]), read(side)) for side in found)
 
 
@@ -779,8 +782,8 @@ def compare(first, second):
         before, after = map(summarize, rows)
         deltas = [b - a for a, b in zip(before["means"], after["means"])]
         half = 1.96 * statistics.stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else math.nan
-        say(f"{file.stem}: {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {statistics.fmean(deltas):+.3f} "
-            f"± {half:.3f} (95% interval, {len(deltas)} problems)")
+        say(f"{file.stem}: {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference "
+            f"{statistics.fmean(deltas):+.3f} ± {half:.3f} (95% interval, {len(deltas)} problems)")
 
 
 def main():
