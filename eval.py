@@ -304,7 +304,7 @@ def load_prompts(name, split, tokenizer, args):
 
 # ---- Grading ----
 
-SPELLINGS = {  # what may be in an answer: how it is read
+SPELLINGS = {  # a spelling in an answer: what it is replaced by
     r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
     "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "√": r"\sqrt ",
     r"\text {": r"\text{", r"\text{ ": r"\text{", " }": "}", r"\text{and}": ",", r"\text{or}": ",", " and ": ",",
@@ -337,7 +337,7 @@ def last_boxed(text):
 
 
 def stated(text):
-    """What the last line says after "answer is", "Answer:" or "####", if it has no box, or None."""
+    """The text after "answer is", "Answer:" or "####" in the last line; None without one, or if the line has a box."""
     line = text.strip()[-500:].rpartition("\n")[2].replace("**", "").removesuffix(" I hope it is correct.")
     match = re.fullmatch(r".*(?:(?:answer|total|value|result) is\b|answer:|####)[\s:]*(.+)", line, re.I)
     return match[1] if match and "\\boxed" not in line else None
@@ -441,14 +441,16 @@ class Grader:
 
     1. The answer is the content of the last box, or what the last line states. A thought (<think>) is not read, and
        layout does not count.
-    2. The same text is right. Where the gold is words, only these words are right, in capitals or not.
+    2. The same text is right. Where the gold is words, only these words are right, in upper or lower case.
     3. Where the gold is a number, only a number that is written out is right: an integer, decimal, fraction or mixed
-       number, times a power of ten, equal to a millionth. 37+5 is wrong for 42: a model in training would learn to
-       repeat the question. Every side of an equation that is a number counts: 37+5=42 is right for 42, 8=7 wrong for 7.
+       number, times a power of ten, equal to within a millionth. 37+5 is wrong for 42: a model in training would learn
+       to repeat the question. Every side of an equation that is a number counts: 37+5=42 is right for 42, 8=7 is wrong
+       for 7.
     4. A value may be followed by its unit, but not by a word that changes it. Two units have to be the same.
     5. math-verify compares everything else. But nothing may be left to add, multiply or integrate, a list has the same
        length and brackets, and an inequality is wrong for an interval.
-    6. A grading that reaches its deadline or memory limit is stopped, and wrong. So is an absurdly long answer.
+    6. A grading that reaches its deadline or memory limit is stopped and counts as wrong, and so does
+       an absurdly long answer.
 
     Attribute timeouts: how many gradings were stopped at their deadline so far.
     """
@@ -500,7 +502,7 @@ class Grader:
         return [replies[i % self.workers][i // self.workers] for i in range(len(questions))]
 
     def ask_worker(self, questions):
-        """Replies of one worker. After a question that ended it, another worker goes on."""
+        """Replies of one worker. If a question ends it, a new one continues with the next question."""
         replies = []
         how = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         how["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
@@ -517,7 +519,7 @@ class Grader:
 def read(text):
     r"""math-verify's tree of a cleaned text, not evaluated, a list sorted. None if it differs from what is written.
 
-    Its parser adds numbers that stand side by side, and works out \gcd: then numbers are missing from the tree.
+    The parser adds adjacent numbers, and works out \gcd: then numbers are missing from the tree.
     """
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify.grader import sort_key
@@ -528,13 +530,13 @@ def read(text):
     tree = latex2sympy(text, is_real=True, conversion_config=as_written)
     written = re.findall(r"\d*\.?\d+", re.sub(r"(?<!\d)_(?:\w|\{[^{}]*\})", "", text))
     kept = {abs(part) for number in tree.atoms(Number) for part in (number, *number.as_numer_denom())}
-    if isinstance(tree, FiniteSet):  # sympy's comparison would forget how often an element stands there
+    if isinstance(tree, FiniteSet):  # sympy's comparison would forget how often an element occurs
         tree = Tuple(*sorted(tree._unsorted_args, key=sort_key))
     return tree if kept.issuperset(map(Number, written)) and not tree.has(nan, zoo) else None
 
 
 def work_left(tree):
-    """How much a formula leaves to be done: sympy makes 2x + 3x shorter, (x+1)(x+2) multiplies sums; n(n-1) is done."""
+    """How much work a formula leaves: 2x + 3x can be shortened and (x+1)(x+2) expanded, but n(n-1) is finished."""
     from sympy import Expr, I, cancel, expand, preorder_traversal
     from sympy.concrete.expr_with_limits import ExprWithLimits
 
@@ -555,7 +557,7 @@ def work_left(tree):
 
 
 def same(gold, answer):
-    """Whether two cleaned texts mean the same, by principle 5. Of an equation that states a value, every side does."""
+    """Whether two cleaned texts mean the same, by principle 5. Every side of an equation that states a value has to."""
     (gold, unit), (answer, other) = measured(gold), measured(answer)
     (_, values), (_, found) = sides(gold), sides(answer)
     if len(values) > 1 or len(found) > 1 and "," in answer:
@@ -571,7 +573,7 @@ def same(gold, answer):
 def same_formula(gold, answer):
     """Whether math-verify finds two trees equal, and the answer is as far worked out and solved as the gold.
 
-    It has no function that the gold does not have: a sine of 30 degrees is not worked out.
+    The answer may not use a function that the gold lacks: the sine of 30 degrees is not accepted for 1/2.
     """
     from math_verify import verify
     from sympy import Float, Function
