@@ -144,17 +144,16 @@ grpo.main()
 
 
 def test_killed_grader_worker(tmp_path):
-    """A grader's worker that is killed is replaced: the run goes on."""
-    run = tmp_path / "run"
+    """A grader's worker that is killed from outside costs one answer, and another goes on: the run does, too."""
+    run, workers = tmp_path / "run", set()
     (tmp_path / "fractions.jsonl").write_text('{"problem": "1+1+1+1?", "answer": "2\\\\sqrt{3}"}\n' * 4)  # not for free
     process = start(run, None, "--dataset", tmp_path / "fractions.jsonl")
-    workers = [pid for pid in left_over(run) if pid != process.pid]
-    assert workers
+    wait_for(lambda: workers.update(set(left_over(run)) - {process.pid}) or workers, process)
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
     step = newest(run / "checkpoints")
     wait_for(lambda: newest(run / "checkpoints") > step + 2, process)
-    assert process.poll() is None and set(left_over(run)) - {process.pid, *workers}
+    wait_for(lambda: set(left_over(run)) - {process.pid, *workers}, process)
     process.kill()
     process.communicate()
     no_one_left(run)
