@@ -425,6 +425,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_evaluate_on_ranks(tmp_path, grader):
     """Two ranks return what one process does, both of them, although seven problems do not divide by two."""
     pytest.importorskip("torch")

@@ -114,6 +114,7 @@ def test_last_boxed():
     assert ev.last_boxed("") is None
 
 
+@pytest.mark.long
 def test_last_boxed_is_linear():
     start = time.process_time()
     for text in ("\\boxed{" * 150_000, "{" * 10**6, "}" * 10**6, "\\boxed{" + "{" * 10**5 + "1" + "}" * 10**5 + "}",

@@ -326,10 +326,11 @@ def test_tw_grpo_without_weights_is_dapo_bit_for_bit(paper, alone):
 def test_tw_grpo_soft_rewards(paper):
     script, golds = paper("tw_grpo"), ("A,B,C", "42", "x", "a,b")
     grader = script.Grader(workers=1)
-    for gold, answers in zip(golds, ({"A,C": 2 / 3, "C, A": 2 / 3, r"\text{A}": 1 / 3, "A and C": 2 / 3, "(A,C)": 2 / 3, "A,D": 0, "A,B,C": 1, "": 0},
-                                    {"4,2": 0, "42": 1, "4": 0}, {"X": 0}, {"a": 0})):
-        for answer, reward in answers.items():
-            assert script.rewards_of([rf"\boxed{{{answer}}}"], [{"answer": gold}], grader) == [pytest.approx(reward)], answer
+    table = zip(golds, ({"A,C": 2 / 3, "C, A": 2 / 3, r"\text{A}": 1 / 3, "A and C": 2 / 3, "(A,C)": 2 / 3, "A,D": 0, "A,B,C": 1, "": 0},
+                        {"4,2": 0, "42": 1, "4": 0}, {"X": 0}, {"a": 0}))
+    rows = [(rf"\boxed{{{answer}}}", {"answer": gold}, reward) for gold, answers in table for answer, reward in answers.items()]
+    texts, problems, expected = zip(*rows)
+    assert script.rewards_of(texts, problems, grader) == pytest.approx(expected)
     assert script.rewards_of(["I do not know."], [{"answer": "N,O"}], grader) == [0]
 
 
@@ -354,6 +355,7 @@ def watch(script, monkeypatch):
     return seen, asked
 
 
+@pytest.mark.long
 def test_g2rpo_a_without_guidance_is_grpo_bit_for_bit(paper, tmp_path, monkeypatch):
     assert run_here(paper("g2rpo_a"), quick("g2rpo_a", tmp_path / "own", 2, "--guided", 0), monkeypatch) == 0
     assert run_here(grpo, quick("grpo", tmp_path / "grpo", 2), monkeypatch) == 0
@@ -483,6 +485,7 @@ def test_rc_grpo_with_equal_prompts_is_grpo_bit_for_bit(paper, alone, monkeypatc
     assert again == expected
 
 
+@pytest.mark.long
 def test_rc_grpo_asks_for_its_goals(paper, tmp_path, monkeypatch):
     """Each completion has its own goal, by seed and place alone; evaluation asks for the high one."""
     script = paper("rc_grpo")
@@ -514,6 +517,7 @@ def test_rc_grpo_all_high(paper, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["max_prompt_tokens"] == 208  # resumed, it is the same
 
 
+@pytest.mark.long
 def test_rc_grpo_proposition(paper, tmp_path, monkeypatch):
     """Proposition 4.3 with reward = goal: the mean variance of a group is (G-1)/G · p(1-p)."""
     script = paper("rc_grpo")

@@ -520,6 +520,7 @@ def test_dynamic_sampling_fills_the_batch(paper, tmp_path, monkeypatch):
     assert metrics(tmp_path / "run") == rows  # what is drawn depends on the step alone
 
 
+@pytest.mark.long
 def test_dynamic_sampling_of_mixed_groups_is_grpo(paper, tmp_path, monkeypatch):
     """If every group has both at first, nothing is sampled again: the same bit for bit."""
     rows = []
@@ -540,6 +541,7 @@ def test_dynamic_sampling_with_two_ranks(paper_folder, tmp_path):
     assert one["reward"] == two["reward"] and one["zero_variance"] == two["zero_variance"] == 0
 
 
+@pytest.mark.long
 def test_dynamic_sampling_gives_up(paper, tmp_path, monkeypatch):
     """If no answer is ever right: ten samplings in all, then a step without a gradient."""
     script, asked = paper("dynamic_sampling"), []

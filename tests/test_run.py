@@ -167,6 +167,7 @@ def test_bad_input(script, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_bad_input_from_the_shell():
     done = launch(["grpo.py", "--group_size", 1])
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
@@ -278,6 +279,7 @@ def test_nan_stops_before_the_update(first_script, tmp_path, monkeypatch, capsys
     assert metrics(run) == metrics(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_sigterm_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     """A notice in the middle of step 2: that step is finished and saved, exit code 0; resumed it is a run never stopped."""
     grpo = importlib.import_module("grpo")
