@@ -438,6 +438,7 @@ def test_bad_input(paper, name, flags, message, tmp_path, monkeypatch, capsys):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.long
 def test_igrpo_shows_the_best_draft(paper, tmp_path, monkeypatch):
     """A prompt is question, best draft, question; only completions of it are trained on; no seed is used twice."""
     script = paper("igrpo")
@@ -507,6 +508,7 @@ def test_rc_grpo_asks_for_its_goals(paper, tmp_path, monkeypatch):
     assert 8 < highs < 24
 
 
+@pytest.mark.long
 def test_rc_grpo_all_high(paper, tmp_path, monkeypatch):
     script = paper("rc_grpo")
     seen, _ = watch(script, monkeypatch)

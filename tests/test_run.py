@@ -379,6 +379,7 @@ def test_copied_elsewhere(first_script, tmp_path):
         assert done.returncode == 0 and "arithmetic" in done.stdout, done.stderr[-3000:]
 
 
+@pytest.mark.long
 def test_flags_of_a_resumed_run(tmp_path, monkeypatch, capsys):
     """Those that do not change the past may change; they are printed, and hold for the next resume, too."""
     grpo, run = importlib.import_module("grpo"), tmp_path / "run"
