@@ -447,8 +447,9 @@ class Grader:
        to repeat the question. Every side of an equation that is a number counts: 37+5=42 is right for 42, 8=7 is wrong
        for 7.
     4. A value may be followed by its unit, but not by a word that changes it. Two units have to be the same.
-    5. math-verify compares everything else. But nothing may be left to add, multiply or integrate, a list has the same
-       length and brackets, and an inequality is wrong for an interval.
+    5. math-verify compares everything else. But nothing may be left to add, multiply, integrate, or raise to a power,
+       no function may stand in the answer that the gold does not have, a list has the same length and brackets, and an
+       inequality is wrong for an interval.
     6. A grading that reaches its deadline or memory limit is stopped and counts as wrong, and so does
        an absurdly long answer.
 
@@ -456,7 +457,8 @@ class Grader:
     """
 
     def __init__(self, workers=None, deadline=3.0, memory_gb=3.0):
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers, self.timeouts = workers or max(1, min(8, cores)), 0
         limits = map(str, (deadline, memory_gb / self.workers))
         self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
@@ -503,11 +505,12 @@ class Grader:
 
     def ask_worker(self, questions):
         """Replies of one worker. If a question ends it, a new one continues with the next question."""
-        replies = []
-        how = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        how["env"] = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
+        replies, env = [], {**os.environ, "PYTHONHASHSEED": "0"}  # sympy depends on the order of sets
         while len(replies) < len(questions):
-            worker = subprocess.run(self.command, input=json.dumps(questions[len(replies) :]), **how)
+            worker = subprocess.run(
+                self.command, input=json.dumps(questions[len(replies) :]), stdout=subprocess.PIPE, text=True,
+                env=env, start_new_session=True,
+            )
             if worker.returncode > 0:
                 fail("the grader's worker failed: is math-verify installed? Its message is above", 1)
             replies += worker.stdout.split()
@@ -562,8 +565,8 @@ def same(gold, answer):
     (_, values), (_, found) = sides(gold), sides(answer)
     if len(values) > 1 or len(found) > 1 and "," in answer:
         values, found = [gold], [answer]
-    texts = [side.replace(r"\pm", ",") for side in values + found]
-    shapes = [re.sub(r"\\sqrt\[\w+\]|[^][(),]", "", side) for side in texts]  # (,] for (3,4]
+    # The brackets and commas of each: (,] for (3,4]
+    shapes = [re.sub(r"\\sqrt\[\w+\]|[^][(),]", "", side.replace(r"\pm", ",")) for side in values + found]
     shapes = [sorted(shape.replace("()", "").replace("()", "")) for shape in shapes]
     if any(shape != shapes[0] for shape in shapes) or unit and other and unit != other:
         return False

@@ -93,6 +93,20 @@ def test_the_comparisons_pair_the_seeds():
     }
 
 
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed: only the picture needs it")
+def test_many_methods_are_drawn_as_differences(tmp_path, monkeypatch):
+    """A line per method, in their order, at the mean of its differences."""
+    row, drawn = {"length": 1, "entropy": 0, "wrong_length": None}, []
+    rewards = {"grpo.py": [0.1, 0.3], "krpo.py": [0.2, 0.3], "pods.py --keep 4": [0.1, 0.1]}
+    found = {"toy": {method: [[{**row, "reward": value}] for value in values] for method, values in rewards.items()}}
+    monkeypatch.setattr(compare, "save_picture", lambda figure, path: drawn.append(figure))
+    compare.draw_differences(argparse.Namespace(picture=tmp_path / "x.png"), found)
+    (axis,) = drawn[0].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["krpo.py", "pods.py --keep 4"]
+    points = [line.get_xydata()[0].tolist() for line in axis.lines if line.get_marker() == "o"]
+    assert points == [pytest.approx([0.05, 0]), pytest.approx([-0.1, 1])]
+
+
 def test_p_values_and_holms_correction():
     """t = 2 / (1 / √3) = 3.46 with two degrees of freedom; Holm: .01·4, .02·3, then never less than the one before."""
     assert compare.p_value([1.0, 2.0, 3.0]) == pytest.approx(0.07418, abs=1e-5)

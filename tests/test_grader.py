@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -311,7 +310,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("answers", [HOSTILE[::16], pytest.param(HOSTILE[::4], marks=pytest.mark.long)], ids=["few", "more"])
+@pytest.mark.parametrize("answers", [HOSTILE[::16], pytest.param(HOSTILE[::2], marks=pytest.mark.long)], ids=["few", "more"])
 def test_hostile_answers(answers):
     """None hangs the batch, none is right. Good ones among and after them are, and dead workers are counted and replaced."""
     gold, deadline = r"\sqrt{5}", 1.5  # on a busy machine a good answer may take one
@@ -334,7 +333,7 @@ def test_hostile_answers(answers):
 @pytest.mark.long
 def test_hostile_golds():
     """No answer is right for a gold that hangs."""
-    golds = [answer for answer in HOSTILE[::2] if ev.clean(answer) and len(answer) < 500]
+    golds = [answer for answer in HOSTILE if ev.clean(answer) and len(answer) < 500]
     assert not any(ev.Grader(workers=2, deadline=1.0).grade_all([(boxed("7"), gold) for gold in golds]))
 
 
@@ -345,8 +344,10 @@ def test_memory_limit():
     greedy = (boxed("2^{2^{33}}"), r"\sqrt{7}")  # one gigabyte, and more while it is computed
     assert grader.grade_all([greedy, (boxed("1+x"), "x+1")]) == [False, True]
     assert grader.timeouts == 0
-    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    assert sys.platform == "darwin" or used < 2**30
+    code = "import resource, sys; sys.path.insert(0, {!r}); import eval as ev\n" \
+           "ev.same = lambda *_: resource.getrlimit(resource.RLIMIT_AS)[0] == 2**29\nev.work(3.0, 0.5)".format(str(ROOT))
+    grader.command = [sys.executable, "-c", code]
+    assert sys.platform == "darwin" or grader.grade(boxed("1+x"), "x+2")  # right if the worker has this limit
 
 
 def test_duplicates_are_graded_once():
