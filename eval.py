@@ -51,7 +51,7 @@ HUB = {  # name: (hub id, configuration, split to train on, split to test on)
     "math": ("nlile/hendrycks-MATH-benchmark", None, "train", "test"),
     "openrs": ("knoveleng/open-rs", None, "train", "train"),
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train", "train"),
-    "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train", "train"),
+    "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", "train", "train"),
     "aime24": ("HuggingFaceH4/aime_2024", None, "train", "train"),
     "aime25": ("math-ai/aime25", None, "test", "test"),
     "amc23": ("math-ai/amc23", None, "test", "test"),
@@ -102,7 +102,7 @@ def arithmetic(split):
 
 
 def load_problems(name, split="train"):
-    """Rows with their "problem" and cleaned "answer", and their other columns; unusable ones are dropped and counted.
+    """Rows with their "problem" and "answer", and their other columns; unusable ones are dropped and counted.
 
     name: "arithmetic" or one of HUB; a .jsonl or .parquet file; any other hub id "owner/name".
     split: "train" or "test", where the data set has both. Bad input ends the program with one line (see fail).
@@ -117,33 +117,30 @@ def load_problems(name, split="train"):
 
 
 def usable(rows, name):
-    """Those rows that have a problem, and an answer that can be graded."""
-    columns = {str(column).lower(): column for row in rows for column in row}
-    asked, answered = ([names.split() for names in sets if columns.keys() >= {*names.split()}]
+    """Those rows that have a problem, and an answer that can be graded. Their columns get names in lower case."""
+    rows = [{str(column).lower(): value for column, value in row.items()} for row in rows]
+    columns = dict.fromkeys(column for row in rows for column in row)  # a dict keeps the order
+    asked, answered = (next((names.split() for names in sets if columns.keys() >= {*names.split()}), [])
                        for sets in (PROBLEMS, ANSWERS))
-    has = f"has the columns {', '.join(columns.values())}" if columns else "is empty"
-    check(asked and answered, f"{name} {has}: it needs one of {', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
-    needed = ("it needs a problem, and an answer with a letter or digit, at most a dozen words, and no open braces; "
-              "a solution needs \\boxed{} or ####")
-    asked, answered, kept = asked[0], answered[0][0], []
-    unused = {"context", "passage", "choices", "options", *" ".join(PROBLEMS).split()} & columns.keys() - {*asked}
+    check(asked and answered, f"{name} has the columns {', '.join(columns) or '(none)'}: it needs one of "
+                              f"{', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
+    unused = [column for column in columns if column not in (*asked, *answered)]
     if unused:
-        say(f"{name}: the problem is in {' and '.join(asked)}; not used: {', '.join(sorted(unused))}")
+        say(f"{name}: the prompt is made of {' and '.join(asked)}; not in it: {', '.join(unused)}")
+    kept = []
     for row in rows:
-        cells = {column: row.get(columns[column]) for column in columns}
-        problem = "\n".join(filter(None, [read_cell(cells[column]) for column in asked]))
-        gold = read_cell(cells[answered])
-        if "####" in gold:  # GSM8K's "so she has 18 #### 18"
-            gold = gold.rpartition("####")[2]
-        elif "\\boxed" in gold or answered == "solution" and not quantity(clean(gold)):
+        problem = "\n".join(filter(None, [read_cell(row.get(column)) for column in asked]))
+        gold = read_cell(row.get(answered[0])).rpartition("####")[2].strip()  # GSM8K's "so she has 18 #### 18"
+        if "\\boxed" in gold or answered == ["solution"] and not quantity(clean(gold)):
             gold = last_boxed(gold) or ""
-        gold = clean(gold)
         words = re.findall(r"(?<![\\a-z])[a-z]{2,}", gold, re.I)
         if problem and re.search(r"\w", gold) and gold.count("{") == gold.count("}") and len(words) <= 12:
             kept.append({**row, "problem": problem, "answer": gold})
+    lost = (f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: a row needs a problem, and an answer of at most "
+            "a dozen words; a solution needs \\boxed{} or ####")
+    check(kept, lost)
     if len(kept) < len(rows):
-        say(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: {needed}")
-    check(kept, f"{name}: no row of {len(rows)} can be used: {needed}")
+        say(lost)
     return kept
 
 
@@ -165,22 +162,17 @@ def read_cell(value):
 
 def read_file(path):
     """Rows of a .parquet file, of JSON lines or of a JSON array, as dicts."""
-    rows, place = [], ""
     try:
         if path.endswith(".parquet"):
             from pyarrow import parquet
 
             return parquet.read_table(path).to_pylist()
-        content = Path(path).read_bytes()
-        if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one JSON array
-            return [dict(row) for row in json.loads(content)]
-        for number, line in enumerate(content.splitlines(), start=1):
-            place = f", line {number}"
-            if line.strip():
-                rows.append(dict(json.loads(line)))
+        text = Path(path).read_text("utf-8-sig").strip()
+        if not text.startswith("["):  # JSON lines; an error then names the line
+            text = "[" + text.replace("\n", ",\n") + "]"
+        return [dict(row) for row in json.loads(text)]
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(f"cannot read {path}{place}: {error}; it must be .parquet, JSON lines or a JSON array, of objects")
-    return rows
+        fail(f"cannot read {path}: {error}; it must be .parquet, JSON lines or a JSON array, of objects")
 
 
 def read_hub(name, split):
@@ -189,14 +181,10 @@ def read_hub(name, split):
 
     hub_id, configuration, *splits = HUB.get(name, (name, None, "train", "test"))
     try:
-        rows = datasets.load_dataset(hub_id, configuration, split=splits[split == "test"])
+        return datasets.load_dataset(hub_id, configuration, split=splits[split == "test"]).to_list()
     except Exception as error:  # of a dozen kinds, and all mean that the data cannot be had
         fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl file, or set HF_HOME "
              "to a cache that holds it, and HF_HUB_OFFLINE=1")
-    if name == "dapo":  # each problem is in there a hundred times
-        places = {key: place for place, key in enumerate(rows.flatten()["extra_info.index"])}
-        rows = rows.select(sorted(places.values()))
-    return rows.to_list()
 
 
 # ---- Models and prompts ----
@@ -209,10 +197,9 @@ def load_tokenizer(name):
     try:
         transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if not tokenizer.encode("1"):  # transformers makes an empty tokenizer for a folder without one
-            raise ValueError("it has no tokenizer")
-        if os.path.isdir(name) and not list(Path(name).glob("*.safetensors")):
-            raise ValueError("it has no .safetensors")
+        parts = [*Path(name).glob("*.safetensors")] if os.path.isdir(name) else [name]
+        if not parts or not tokenizer.encode("1"):  # transformers makes an empty tokenizer for a folder without one
+            raise ValueError("a part is missing")
     except Exception as error:  # of a dozen kinds, and all mean that this is not a model
         fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a hub id, or a folder with "
              "config.json, .safetensors and a tokenizer")
@@ -226,12 +213,12 @@ def stop_tokens(model, tokenizer):
     assistant's turn: in many models no configuration names it.
     """
     from jinja2.exceptions import TemplateError
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         stops = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # the model has no such file
-        stops = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+        stops = text_config(model).eos_token_id
     stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "42"}]
@@ -253,23 +240,26 @@ def encode_prompt(tokenizer, problem, system=None):
     from jinja2.exceptions import TemplateError
 
     system = SYSTEM if system is None else system
-    if len(tokenizer.decode(tokenizer.encode(system))) < len(system) / 2:
-        system = ""  # a tokenizer of few characters (the toy's) cannot read it
     user = {"role": "user", "content": problem}
     # A template without a system turn refuses it (Gemma) or leaves it out: then the user says it
     for turns in [{"role": "system", "content": system}, user], [{**user, "content": f"{system}\n\n{problem}"}]:
         with contextlib.suppress(TemplateError):
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            if system.strip() in text and problem.strip() in text:
+            if problem.strip() in text and (system.strip() in text or user not in turns):
                 return tokenizer.encode(text, add_special_tokens=False)
     fail(f"the chat template of this tokenizer leaves out the problem: {problem[:200]!r}")
 
 
-def context_of(model):
-    """How many tokens a model can see at once, as far as a token's position does not depend on the text's length."""
+def text_config(model):
+    """The configuration of a model's folder or hub id, of its text part if it has several."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    return AutoConfig.from_pretrained(model).get_text_config()
+
+
+def context_of(model):
+    """How many tokens a model can see at once, as far as a token's position does not depend on the text's length."""
+    config = text_config(model)
     rope, most = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
     by_length = rope.get("rope_type") in ("longrope", "dynamic")
     return rope.get("original_max_position_embeddings", most) if by_length else most
@@ -280,19 +270,11 @@ def load_prompts(name, split, tokenizer, args):
 
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
-    from transformers import AutoConfig
-
     args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
-    problems, lost = load_problems(name, split)[: getattr(args, "limit", None)], []
+    problems, known = load_problems(name, split)[: getattr(args, "limit", None)], text_config(args.model).vocab_size
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
         ids = row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
-        if "".join(row["problem"].split()) not in "".join(tokenizer.decode(ids).split()):
-            lost.append(row["problem"])
-    if lost:
-        say(f"{name}: the tokenizer cannot write all characters of {len(lost)} problems, such as {lost[0][:80]!r}")
-    known = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size
-    largest = max(max(row["prompt_ids"], default=0) for row in problems)
-    check(largest < known, f"{args.model} knows {known} tokens, not number {largest} that its tokenizer makes")
+        check(max(ids, default=0) < known, f"{args.model} knows {known} tokens, and its tokenizer makes more")
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     skipped = len(problems) - len(kept)
     found = f"{name}, {split}: {len(kept)} prompts, {skipped} skipped"
@@ -304,20 +286,34 @@ def load_prompts(name, split, tokenizer, args):
 
 # ---- Grading ----
 
-SPELLINGS = {  # a spelling in an answer: what it is replaced by
-    r"\\": "\0", "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "²": "^2",
-    "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "√": r"\sqrt ",
-    r"\text {": r"\text{", r"\text{ ": r"\text{", " }": "}", r"\text{and}": ",", r"\text{or}": ",", " and ": ",",
-    " or ": ",", "{,}": ",",
-    "°": r"\text{degrees}", r"^{\circ}": r"\text{degrees}", r"^\circ": r"\text{degrees}", r"\%": "%",
-    "%": r"\text{percent}", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "\0": r"\\"}
+TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+\.?\d*|\.\d+|(?<=\d)[a-zA-Z]|[a-zA-Z]+|</?answer>|\*\*|\S", re.S)
+LAYOUT = {"\\ ", *r"\left \right \big \Big \bigl \Bigl \bigr \Bigr \displaystyle \mathbf \mathit \boldsymbol \bm \quad".split(),
+          *r"\, \; \: \! \( \) \[ \] \$ $ £ € ` ~ ** <answer> </answer>".split()}  # tokens that say nothing
+SAME = dict(pair.split("=") for pair in (  # token: what it is replaced by
+    r"\dfrac=\frac \tfrac=\frac \mathrm=\text \mbox=\text \textbf=\text −=- –=- ×=\times ·=\cdot π=\pi ∞=\infty ²=^2 ³=^3 "
+    r"≤=\le ≥=\ge ≠=\ne ≈=\approx ∪=\cup √=\sqrt °=^\circ \%=\text{percent} %=\text{percent} and=, or=,").split())
+FORMS = (  # (pattern, replacement), one after the other
+    (r"\0(?=[a-zA-Z]{2})|(?<=[a-zA-Z]{2})\0(?=[a-zA-Z\d])|(?<=\d)\0(?=\d)", " "),  # around words, between numbers
+    (r"\0|(?<=\{) ", ""),
+    (r"\^\{?\\circ\}?", r"\\text{degrees}"),
+    (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # \frac12
+    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+    (r" ?(?<![\w.}^])(\d+)/(\d+)(?![\d.])", r"\\frac{\1}{\2}"),  # 1/2
+    (r"(\d)[eE]\+?(-?\d+)$", r"\1\\times 10^{\2}"),
+    (r"^(-?)10\^", r"\g<1>1\\times 10^"),
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"\\text\{([^a-zA-Z{}]*|\d[^{}]*|[ei])\}", r"\1"),  # \text{5 cm}, and e from \mathrm{e}
+    (r",+", ","),
+    (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2"),  # {5} and (5)
+    (r"(\\text\{(for|where)( all[a-z ]*)?\}|,(?=.*\\in\b))\w(\\in\\mathbb ?\{?\w\}?)?$", ""),
+)
 UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square "
          "cubic per of a each").split()  # and all plurals
 NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs dozens hundreds thousands "
                  "illions".split())  # endings
 NUMBER = re.compile(r"""
-    ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
-    (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
+    ([-+]?)(?:(\d*)\\frac\{(-?\d+)\}\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
+    (?:(?:\\times\ |\\cdot\ |\*)10\^\{?(-?\d{1,4})\}?)?              # \times 10^{-3}
     """, re.X)
 
 
@@ -344,27 +340,14 @@ def stated(text):
 
 
 def clean(text):
-    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5 \times 10^{3}"."""
-    if text.isdecimal():  # most answers are
-        return text
-    text = re.sub(r"\\[()\[\]!$]|[$£€`]|\*\*|</?answer>", "", text.replace(r"\\", "\0"))
-    text = re.sub(r"\\[,;: ]|\\quad|[~\s]", " ", text)
-    text = re.sub(r"\\(?:left|right|displaystyle|mathbf|mathit|boldsymbol|bm|[bB]ig+[lr]?)(?![a-z])", "", text)
-    text = re.sub(r"\\(?:mathrm|mbox|text[a-z]+)", r"\\text", text)
-    for spelling, meaning in SPELLINGS.items():
-        text = text.replace(spelling, meaning)
-    text = re.sub(r",( ?,)+", ",", " ".join(text.split()).removesuffix("."))
-    text = re.sub(r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}", text)  # \frac12
-    text = re.sub(r"(\\frac ?\{[^{}]*\}) ?(\w)", r"\1{\2}", text)
-    text = re.sub(r"(?<![\w.}^])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}", text)  # 1/2
-    text = re.sub(r"(\d)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
-    text = re.sub(r"^(-?)10 ?\^", r"\g<1>1 \\times 10^", text)
-    text = re.sub(r"\\text\{([^a-zA-Z{}]*|\d[^{}]*|[ei])\}", r"\1", text)  # \text{5 cm}, and e from \mathrm{e}
-    text = re.sub(r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2", text)  # {5} and (5)
-    text = re.sub(r"\\text\{for all( real| integers?)*\} ?\w$", "", text)
-    text = re.sub(r"(,|\\text\{(for|where)( all)?\}) ?\w ?\\in ?\\mathbb ?\{?\w\}?$", "", text)
+    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5\times 10^{3}"."""
+    text = re.sub(r"\{,\}|,\\! *", ",", text).replace(r"\,", " ")
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
+    tokens = [SAME.get(token, token) for token in TOKEN.findall(text) if token not in LAYOUT]
+    text = "\0".join(tokens).removesuffix("\0.").removesuffix(".")
+    for pattern, replacement in FORMS:
+        text = re.sub(pattern, replacement, text)
     text = (stated(text) or text).lstrip("}").strip()
     return re.sub(r"^(\\text\{)?(the|about|exactly|approximately) ", r"\1", text, flags=re.I)
 
@@ -419,8 +402,7 @@ def words_of(text):
 
 def judge_text(gold, answer):
     """True or False by principles 2 to 4, for cleaned texts; None if formulas have to be compared."""
-    tight = [re.sub(r"\{(\w)\}|(?<!\d) | (?!\d)", r"\1", text) for text in (gold, answer)]
-    if tight[0] == tight[1] or not gold or not answer:
+    if gold == answer or not gold or not answer:
         return bool(gold and answer)
     (name, values), (other, found) = sides(gold), sides(answer)
     if name and other and name != other and ("," not in gold or name[0] == "("):
@@ -462,10 +444,6 @@ class Grader:
         self.workers, self.timeouts = workers or max(1, min(8, cores)), 0
         limits = map(str, (deadline, memory_gb / self.workers))
         self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
-
-    def grade(self, completion, gold):
-        """Whether the completion's answer is the gold's."""
-        return self.judge_all([(completion, gold)])[0]["correct"]
 
     def grade_all(self, pairs):
         """Whether the answers are right, for (completion, gold) pairs, in order."""
@@ -747,6 +725,8 @@ FLAGS = (  # name, type, default, help
     ("gpu_memory_utilization", float, 0.9, "vLLM's share of the GPU's memory"),
     ("out", str, None, "folder to keep all completions in"),
 )
+BOUNDS = {"n": (1, 10**6), "limit": (1, 10**9), "max_new_tokens": (1, 10**9), "temperature": (0, 100),
+          "top_p": (1e-9, 1), "seed": (0, 2**32 - 1)}
 
 
 def parse_args():
@@ -760,13 +740,11 @@ def parse_args():
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.n == 1 else 0.6
-    for name in ("n", "limit", "max_new_tokens"):
-        check(getattr(args, name) is None or getattr(args, name) >= 1, f"--{name} must be at least 1")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(args, name)
+        check(value is None or least <= value <= most, f"--{name} must be from {least} to {most}, not {value}")
     check((args.model is None) != (args.compare is None), "give either --model, or --compare OUT1 OUT2")
     check(args.n == 1 or args.temperature > 0, "--temperature must be above 0 when n is more than 1")
-    check(0 <= args.temperature < math.inf, f"--temperature must be 0 or above, not {args.temperature}")
-    check(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1, not {args.top_p}")
-    check(0 <= args.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     check(args.sampler in ("auto", "hf", "vllm"), "--sampler must be auto, hf or vllm")
     check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     try:
@@ -800,14 +778,12 @@ def main():
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
-    names = ("model", "n", "system_prompt", "limit", "max_new_tokens", "temperature", "top_p", "seed")
-    settings = {name: getattr(args, name) for name in names}  # they are kept in every row
-    folder, finished = Path(args.out or os.devnull), {}
+    settings = {name: getattr(args, name) for name in ("model", "system_prompt", *BOUNDS)}  # they are kept in every row
+    folder = Path(args.out or os.devnull)  # in the latter there are no files
     files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
-    for name, file in files.items():
-        if file.exists():
-            finished[name] = rows = read_file(str(file))
-            check(settings.items() <= rows[0].items(), f"{file} has other settings: choose another --out")
+    for file in files.values():
+        same_settings = not file.exists() or settings.items() <= read_file(str(file))[0].items()
+        check(same_settings, f"{file} has other settings: choose another --out")
     import torch
     import torch.distributed as dist
 
@@ -820,11 +796,10 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
     say(", ".join(f"{name} {value}" for name, value in settings.items()))
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
-    sampler = None
-    grader = Grader()
+    sampler, grader = None, Grader()
     for name, file in files.items():
-        if name in finished:
-            result = summarize(finished[name])
+        if file.exists():
+            result = summarize(read_file(str(file)))
         else:
             sampler = sampler or (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
             how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)

@@ -96,14 +96,16 @@ def test_columns_and_cleaning(tmp_path, capsys):
     ]
     problems = ev.load_problems(write(tmp_path / "rows.jsonl", rows))
     assert [row["answer"] for row in problems] == [
-        "18", "1080", "\\frac{1}{2}", "2, 3", "4.5 \\times 10^{33}", "7", "0.5", "8178", "12", "5"]  # fmt: skip
+        "18", "1,080", "$\\frac{1}{2}$", "$2$, $3$.", "$4.5e33$", "7", "0.5", "8\\,178.", "12", "5"]  # fmt: skip
+    assert [ev.clean(row["answer"]) for row in problems[:8]] == [
+        "18", "1080", "\\frac{1}{2}", "2,3", "4.5\\times 10^{33}", "7", "0.5", "8178"]  # fmt: skip
     assert problems[-1]["problem"] == "n??"
     assert "4 of 14 rows dropped" in capsys.readouterr().out
 
 
 def test_solution_and_other_columns(tmp_path):
     rows = [{"Problem": "a?", "Solution": "Thus $\\boxed{\\frac34}$."}, {"Problem": "b?", "Solution": "no box"}]
-    assert [row["answer"] for row in ev.load_problems(write(tmp_path / "a.jsonl", rows))] == ["\\frac{3}{4}"]
+    assert [row["answer"] for row in ev.load_problems(write(tmp_path / "a.jsonl", rows))] == ["\\frac34"]
     rows = [{"prompt": [{"role": "user", "content": "a?"}], "reward_model": {"ground_truth": "34", "style": "rule"}}]
     (row,) = ev.load_problems(write(tmp_path / "b.jsonl", rows))
     assert (row["problem"], row["answer"]) == ("a?", "34")
@@ -130,23 +132,21 @@ def test_parquet(tmp_path):
 
 
 def test_names_of_the_hub(monkeypatch):
-    """Every known name asks for its data set and split; DAPO's copies are dropped. The network itself is not tested."""
+    """Every known name asks for its data set and split. The network itself is not tested."""
     datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(path, name, split):
         asked.append((path, name, split))
-        rows = [{"prompt": [{"content": f"{i}?", "role": "user"}], "reward_model": {"ground_truth": str(i)},
-                 "extra_info": {"index": f"key {i}"}} for i in (1, 2, 1, 2, 1)]  # fmt: skip
-        return datasets.Dataset.from_list(rows)
+        return datasets.Dataset.from_list([{"prompt": f"{i}?", "solution": str(i)} for i in range(5)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert sorted(row["answer"] for row in ev.load_problems("dapo")) == ["1", "2"]
+    assert [row["answer"] for row in ev.load_problems("dapo")] == [*"01234"]
     assert len(ev.load_problems("gsm8k", "train")) == 5
     for name in ("gsm8k", "math", "aime24", "aime25", "someone/something"):
         ev.load_problems(name, "test")
     assert asked == [
-        ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"), ("openai/gsm8k", "main", "train"),
+        ("open-r1/DAPO-Math-17k-Processed", "en", "train"), ("openai/gsm8k", "main", "train"),
         ("openai/gsm8k", "main", "test"), ("nlile/hendrycks-MATH-benchmark", None, "test"),
         ("HuggingFaceH4/aime_2024", None, "train"), ("math-ai/aime25", None, "test"),
         ("someone/something", None, "test")]  # fmt: skip
@@ -164,21 +164,21 @@ def refused(capsys, *arguments):
 
 def test_bad_data(tmp_path, capsys, monkeypatch):
     good = '{"problem": "1+1?", "answer": "2"}\n'
-    (tmp_path / "broken.jsonl").write_text(good + "\n" + good + '{"problem": "1+1?", "ans\n' + good)
+    (tmp_path / "broken.jsonl").write_text(good * 3 + '{"problem": "1+1?", "ans\n' + good)
     assert "line 4" in refused(capsys, str(tmp_path / "broken.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(good.encode() + '{"problem": "Größe?", "answer": "2"}\n'.encode("latin-1"))
-    assert "line 2" in refused(capsys, str(tmp_path / "latin.jsonl"))
+    assert "can't decode byte" in refused(capsys, str(tmp_path / "latin.jsonl"))
     (tmp_path / "numbers.jsonl").write_text(good + "7\n")
-    assert "line 2" in refused(capsys, str(tmp_path / "numbers.jsonl"))
+    assert "JSON lines or a JSON array, of objects" in refused(capsys, str(tmp_path / "numbers.jsonl"))
     (tmp_path / "deep.jsonl").write_text(good + "[" * 100_000)
-    assert "line 2" in refused(capsys, str(tmp_path / "deep.jsonl"))
+    assert "recursion" in refused(capsys, str(tmp_path / "deep.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
-    assert "is empty" in refused(capsys, str(tmp_path / "empty.jsonl"))
+    assert "has the columns (none)" in refused(capsys, str(tmp_path / "empty.jsonl"))
     (tmp_path / "columns.jsonl").write_text('{"text": "1+1?", "answer": "2", "level": 3}\n')
     line = refused(capsys, str(tmp_path / "columns.jsonl"))
     assert "text, answer, level" in line and "problem, body question" in line
     (tmp_path / "golds.jsonl").write_text('{"problem": "1+1?", "answer": ""}\n{"problem": "1+2?", "answer": null}\n')
-    assert "no row of 2" in refused(capsys, str(tmp_path / "golds.jsonl"))
+    assert "2 of 2 rows dropped" in refused(capsys, str(tmp_path / "golds.jsonl"))
     (tmp_path / "broken.parquet").write_text("PAR1 or not")
     assert "parquet" in refused(capsys, str(tmp_path / "broken.parquet"))
     assert "No such file" in refused(capsys, str(tmp_path / "nothing.jsonl"))
@@ -211,7 +211,7 @@ def test_solutions_and_proofs(tmp_path, capsys):
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
     formula = "f(x)=a x+b, where b is an arbitrary integer, a is an arbitrary positive integer"
     path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
-    assert [row["answer"] for row in ev.load_problems(str(path))] == [ev.clean(formula)]
+    assert [row["answer"] for row in ev.load_problems(str(path))] == [formula]
 
 
 # ---- Prompts ----
@@ -327,20 +327,19 @@ def test_context_of(changes, context, tmp_path):
 
 
 def test_prompts_of_a_run(tmp_path, capsys):
-    """They have the run's system prompt in them; too long ones are counted, and those that the tokenizer cannot write."""
-    path = write(tmp_path / "some.jsonl", [{"problem": text, "answer": "2"} for text in ("1+1?", "1+1?" * 20, "\u20ac1+\u20ac1?")])
+    """They have the run's system prompt in them; too long ones are counted."""
+    path = write(tmp_path / "some.jsonl", [{"problem": text, "answer": "2"} for text in ("1+1?", "1+1?" * 20)])
     args = argparse.Namespace(model=tiny_with(tmp_path / "model", vocab_size=200), system_prompt="Be brief.")
     args.max_prompt_tokens, args.max_new_tokens = 90, 8
     tokenizer = make_tokenizer()
-    (row, lossy), skipped = ev.load_prompts(path, "train", tokenizer, args)
+    (row,), skipped = ev.load_prompts(path, "train", tokenizer, args)
     assert tokenizer.decode(row["prompt_ids"]).startswith("<bos>Be brief.\n\nQuestion:\n1+1?") and skipped == 1
     said = capsys.readouterr().out
-    assert "2 prompts, 1 skipped (empty, or longer than 90 tokens)" in said
-    assert "cannot write all characters of 1 problems, such as '\u20ac1+\u20ac1?'" in said
+    assert "1 prompts, 1 skipped (empty, or longer than 90 tokens)" in said
     args.model = tiny_with(tmp_path / "small", vocab_size=60)
     with pytest.raises(SystemExit):
         ev.load_prompts(path, "train", tokenizer, args)
-    assert "that its tokenizer makes" in capsys.readouterr().err
+    assert "and its tokenizer makes more" in capsys.readouterr().err
 
 
 def test_encode_prompt_of_the_tiny_model():
@@ -541,18 +540,18 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         (("--model", TINY, "--benchmarks", "nosuch"), "unknown data set 'nosuch': give one of a .jsonl"),
         (("--model", TINY, "--benchmarks", "nothing.jsonl"), "No such file"),
         (("--model", TINY, "--benchmarks", tmp_path / "text.jsonl"), "has the columns text, label"),
-        (("--model", TINY, "--benchmarks", tmp_path / "empty.jsonl"), "is empty"),
+        (("--model", TINY, "--benchmarks", tmp_path / "empty.jsonl"), "has the columns (none)"),
         (("--model", TINY, "--benchmarks", tmp_path / "long.jsonl"), "longer than 255 tokens"),
-        (("--model", TINY, "--n", 0), "--n must be at least 1"),
-        (("--model", TINY, "--limit", 0), "--limit must be at least 1"),
-        (("--model", TINY, "--max_new_tokens", 0), "--max_new_tokens must be at least 1"),
+        (("--model", TINY, "--n", 0), "--n must be from 1 to "),
+        (("--model", TINY, "--limit", 0), "--limit must be from 1 to "),
+        (("--model", TINY, "--max_new_tokens", 0), "--max_new_tokens must be from 1 to "),
         (("--model", TINY, "--temperature", "nan"), "--temperature"),
         (("--model", TINY, "--temperature", -1), "--temperature"),
         (("--model", TINY, "--n", 4, "--temperature", 0), "above 0 when n is more than 1"),
         (("--model", TINY, "--n", 4, "--top_p", 0), "--top_p"),
         (("--model", TINY, "--n", "many"), "--n"),
-        (("--model", TINY, "--seed", -1), "--seed must be from 0 to 2**32 - 1"),
-        (("--model", TINY, "--n", 2, "--seed", 1785000000123456789), "--seed must be from 0 to 2**32 - 1"),
+        (("--model", TINY, "--seed", -1), "--seed must be from 0 to 4294967295"),
+        (("--model", TINY, "--n", 2, "--seed", 1785000000123456789), "--seed must be from 0 to 4294967295"),
         (("--model", TINY, "--bogus", 1), "--bogus"),
         (("--model", TINY, "--out", tmp_path / "text.jsonl"), "text.jsonl"),
         (("--model", TINY, "--compare", "a", "b"), "either --model, or --compare"),
@@ -561,7 +560,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         (("--model", ROOT / "tests"), "cannot load"),
         (("--model", tmp_path / "nowhere" / "at" / "all"), "cannot load"),
         (("--model", "nobody/nothing"), "cannot load"),
-        (("--model", tmp_path / "model.safetensors"), "no .safetensors"),
+        (("--model", tmp_path / "model.safetensors"), "a part is missing"),
         (("--model", tmp_path / "tokenizer"), "cannot load"),
     ]  # fmt: skip
     if not find_spec("vllm"):
