@@ -287,15 +287,18 @@ def load_prompts(name, split, tokenizer, args):
 # ---- Grading ----
 
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+\.?\d*|\.\d+|(?<=\d)[a-zA-Z]|[a-zA-Z]+|</?answer>|\*\*|\S", re.S)
-LAYOUT = {"\\ ", *r"\left \right \big \Big \bigl \Bigl \bigr \Bigr \displaystyle \mathbf \mathit \boldsymbol \bm \quad".split(),
-          *r"\, \; \: \! \( \) \[ \] \$ $ £ € ` ~ ** <answer> </answer>".split()}  # tokens that say nothing
-SAME = dict(pair.split("=") for pair in (  # token: what it is replaced by
-    r"\dfrac=\frac \tfrac=\frac \mathrm=\text \mbox=\text \textbf=\text −=- –=- ×=\times ·=\cdot π=\pi ∞=\infty ²=^2 ³=^3 "
-    r"≤=\le ≥=\ge ≠=\ne ≈=\approx ∪=\cup √=\sqrt °=^\circ \%=\text{percent} %=\text{percent} and=, or=,").split())
+LAYOUT = {"\\ ", *r"""
+    \left \right \big \Big \bigl \Bigl \bigr \Bigr \displaystyle \mathbf \mathit \boldsymbol \bm \quad
+    \, \; \: \! \( \) \[ \] \$ $ £ € ` ~ ** <answer> </answer>
+    """.split()}  # tokens that say nothing
+SAME = dict(pair.split("=") for pair in r"""
+    \dfrac=\frac \tfrac=\frac \mathrm=\text \mbox=\text \textbf=\text −=- –=- ×=\times ·=\cdot π=\pi ∞=\infty
+    ²=^2 ³=^3 ≤=\le ≥=\ge ≠=\ne ≈=\approx ∪=\cup √=\sqrt °=^\circ \%=\text{percent} %=\text{percent} and=, or=,
+    """.split())  # tokens and what they are replaced by
 FORMS = (  # (pattern, replacement), one after the other
-    (r"\0(?=[a-zA-Z]{2})|(?<=[a-zA-Z]{2})\0(?=[a-zA-Z\d])|(?<=\d)\0(?=\d)", " "),  # around words, between numbers
-    (r"\0|(?<=\{) ", ""),
-    (r"\^\{?\\circ\}?", r"\\text{degrees}"),
+    (r"(?<=[\w)\]}])\0(?=[a-zA-Z]{2})|(?<=[a-zA-Z]{2})\0(?=[a-zA-Z\d])|(?<=\d)\0(?=\d)", " "),  # words, numbers
+    (r"\0", ""),
+    (r"\^(\\circ|\{\\circ\})", r"\\text{degrees}"),
     (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # \frac12
     (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
     (r" ?(?<![\w.}^])(\d+)/(\d+)(?![\d.])", r"\\frac{\1}{\2}"),  # 1/2
@@ -341,6 +344,7 @@ def stated(text):
 
 def clean(text):
     r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5\times 10^{3}"."""
+    text = (stated(text) or text).lstrip("} ")
     text = re.sub(r"\{,\}|,\\! *", ",", text).replace(r"\,", " ")
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
@@ -348,7 +352,6 @@ def clean(text):
     text = "\0".join(tokens).removesuffix("\0.").removesuffix(".")
     for pattern, replacement in FORMS:
         text = re.sub(pattern, replacement, text)
-    text = (stated(text) or text).lstrip("}").strip()
     return re.sub(r"^(\\text\{)?(the|about|exactly|approximately) ", r"\1", text, flags=re.I)
 
 
@@ -357,13 +360,17 @@ def measured(text):
 
     Single letters are factors, and other words change the value: "5 x" and "5 squared" have no unit and stay whole.
     """
-    value, rest = re.fullmatch(r"(.*?) ?(\\text.*| [a-z][a-z/].*|)", text, re.I).groups()
-    words = re.findall(r"\^-?\d|\w+|\S", re.sub(r"\\text|[{}.]", "", rest).replace("/", " per "))
-    for place, word in enumerate(words):
-        plural = word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
-        if not (plural or word in UNITS or word[0] == "^" and place):
-            return text, []
-    return value, [word.lower().removesuffix("s") or word for word in words]
+    for place in re.finditer(r" ?\\text| (?=[a-z]{2})", text, re.I):
+        rest = re.sub(r"\\text|[{}.]", "", text[place.start() :]).replace("/", " per ")
+        words = re.findall(r"\^-?\d|\w+|\S", rest) or ["?"]
+        if words[0][0] != "^" and all(word[0] == "^" or word in UNITS or is_plural(word) for word in words):
+            return text[: place.start()], [word.lower().removesuffix("s") or word for word in words]
+    return text, []
+
+
+def is_plural(word):
+    """Whether a word names things, as "eggs": it is not a number ("dozens") and does not change one ("times")."""
+    return word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
 
 
 def quantity(text):
@@ -387,9 +394,9 @@ def same_quantity(gold, answer):
 
 def sides(text):
     """The name and the values of an equation: "x = 3+4 = 7" -> ("x", ["3+4", "7"]), "7" -> ("", ["7"])."""
-    first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
+    first, *rest = [*filter(None, re.split(r" ?(?:=|\\approx\b|\\in\b) ?", text))] or [""]
     name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([-\w, ]*\))?"  # x_1, f(n), Area
-    name += r"|\([a-z\\]+, ?[a-z\\, ]+\)"  # (x, y)
+    name += r"|\([a-z\\]+,[a-z\\,]+\)"  # (x, y)
     return (first, rest) if rest and re.fullmatch(name, first, re.I) else ("", [first, *rest])
 
 
@@ -409,10 +416,10 @@ def judge_text(gold, answer):
         return False
     expected = quantity(values[0]) if len(values) == 1 else None
     if expected:  # the other sides may be sums, but not 2x, or 5 <
-        numbers = [number for side in found if (number := quantity(side))]
+        numbers = [quantity(side) for side in found]
         sums = [side for side in found if re.fullmatch(r"(\\(frac|sqrt|cdot|times)|[^a-z\\<>,?!])*", side, re.I)]
-        return (bool(numbers) and all(same_quantity(expected, number) for number in numbers)
-                and all(side in sums or quantity(side) for side in found))
+        readable = any(numbers) and all(number or side in sums for number, side in zip(numbers, found))
+        return readable and all(same_quantity(expected, number) for number in numbers if number)
     if words_of(gold):
         return words_of(gold) == words_of(answer)
     return None
@@ -519,14 +526,13 @@ def read(text):
 def work_left(tree):
     """How much work a formula leaves: 2x + 3x can be shortened and (x+1)(x+2) expanded, but n(n-1) is finished."""
     from sympy import Expr, I, cancel, expand, preorder_traversal
-    from sympy.concrete.expr_with_limits import ExprWithLimits
 
     def size(form):  # operations, and the letters, roots of -1, ... that they combine
         return form.count_ops() + sum(part.is_Atom and not part.is_Rational for part in preorder_traversal(form))
 
     if not isinstance(tree, Expr):
         return sum(map(work_left, getattr(tree, "args", tree)))  # a matrix has no args
-    left = int(tree.has(ExprWithLimits))
+    left = 0
     for part in preorder_traversal(tree):
         left += part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
         if part.is_Pow:  # (x+1)^2, i^3, 1/(2-i), a root of 7+4√3
@@ -554,18 +560,19 @@ def same(gold, answer):
 def same_formula(gold, answer):
     """Whether math-verify finds two trees equal, and the answer is as far worked out and solved as the gold.
 
-    The answer may not use a function that the gold lacks: the sine of 30 degrees is not accepted for 1/2.
+    The answer may not use a function, sum or integral that the gold lacks: the sine of 30 degrees is wrong for 1/2.
     """
     from math_verify import verify
     from sympy import Float, Function
+    from sympy.concrete.expr_with_limits import ExprWithLimits
     from sympy.core.relational import Relational
 
     if gold is None or answer is None or work_left(answer) > work_left(gold):
         return False
-    known = {function.func for function in gold.atoms(Function)}
-    if any(function.func not in known for function in answer.atoms(Function)):
+    known, used = ({type(part) for part in tree.atoms(Function, ExprWithLimits)} for tree in (gold, answer))
+    if not used <= known:
         return False
-    if isinstance(gold, Relational) and isinstance(answer, Relational) and answer.count_ops() > gold.count_ops():
+    if isinstance(answer, Relational) and answer.count_ops() > gold.count_ops():
         return False
     if isinstance(answer, Float) and gold.is_number:  # a decimal may be rounded
         return abs((gold - answer).evalf(30, maxn=1000)) * 10**6 <= min(1, abs(gold.evalf()))
