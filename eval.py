@@ -117,9 +117,8 @@ def load_problems(name, split="train"):
 
 
 def usable(rows, name):
-    """Those rows that have a problem, and an answer that can be graded. Their columns get names in lower case."""
-    rows = [{str(column).lower(): value for column, value in row.items()} for row in rows]
-    columns = dict.fromkeys(column for row in rows for column in row)  # a dict keeps the order
+    """Those rows that have a problem, and an answer that can be graded."""
+    columns = dict.fromkeys(str(column).lower() for row in rows for column in row)  # a dict keeps the order
     asked, answered = (next((names.split() for names in sets if columns.keys() >= {*names.split()}), [])
                        for sets in (PROBLEMS, ANSWERS))
     check(asked and answered, f"{name} has the columns {', '.join(columns) or '(none)'}: it needs one of "
@@ -129,8 +128,9 @@ def usable(rows, name):
         say(f"{name}: the prompt is made of {' and '.join(asked)}; not in it: {', '.join(unused)}")
     kept = []
     for row in rows:
-        problem = "\n".join(filter(None, [read_cell(row.get(column)) for column in asked]))
-        gold = read_cell(row.get(answered[0])).rpartition("####")[2].strip()  # GSM8K's "so she has 18 #### 18"
+        cells = {str(column).lower(): read_cell(value) for column, value in row.items()}
+        problem = "\n".join(filter(None, map(cells.get, asked)))
+        gold = cells.get(answered[0], "").rpartition("####")[2].strip()  # GSM8K's "so she has 18 #### 18"
         if "\\boxed" in gold or answered == ["solution"] and not quantity(clean(gold)):
             gold = last_boxed(gold) or ""
         words = re.findall(r"(?<![\\a-z])[a-z]{2,}", gold, re.I)
