@@ -286,37 +286,38 @@ def load_prompts(name, split, tokenizer, args):
 
 # ---- Grading ----
 
-TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+\.?\d*|\.\d+|(?<=\d)[a-zA-Z]|[a-zA-Z]+|</?answer>|\*\*|\S", re.S)
-LAYOUT = {"\\ ", *r"""
-    \left \right \big \Big \bigl \Bigl \bigr \Bigr \displaystyle \mathbf \mathit \boldsymbol \bm \quad
-    \, \; \: \! \( \) \[ \] \$ $ £ € ` ~ ** <answer> </answer>
-    """.split()}  # tokens that say nothing
-SAME = dict(pair.split("=") for pair in r"""
-    \dfrac=\frac \tfrac=\frac \mathrm=\text \mbox=\text \textbf=\text −=- –=- ×=\times ·=\cdot π=\pi ∞=\infty
-    ²=^2 ³=^3 ≤=\le ≥=\ge ≠=\ne ≈=\approx ∪=\cup √=\sqrt °=^\circ \%=\text{percent} %=\text{percent} and=, or=,
-    """.split())  # tokens and what they are replaced by
-FORMS = (  # (pattern, replacement), one after the other
-    (r"(?<=[\w)\]}])\0(?=[a-zA-Z]{2})|(?<=[a-zA-Z]{2})\0(?=[a-zA-Z\d])|(?<=\d)\0(?=\d)", " "),  # words, numbers
-    (r"\0", ""),
-    (r"\^(\\circ|\{\\circ\})", r"\\text{degrees}"),
+SIGNS = str.maketrans(dict(zip("−–×·π∞²³≤≥≠≈∪√°", [sign + " " for sign in (
+    r"- - \times \cdot \pi \infty ^2 ^3 \le \ge \ne \approx \cup \sqrt \text{degrees}").split()])))
+LAYOUT = (  # (pattern, replacement), one after the other: then what means the same is written the same
+    (r"\\\\", "\0"),  # the end of a matrix's row
+    (r"\\[()\[\]!$]|[$£€`]|^\*\*|\*\*$|</?answer>", ""),
+    (r"\\(left|right|displaystyle|math(bf|it)|boldsymbol|bm|[bB]ig+[lr]?)(?![a-z])", ""),
+    (r"(\\[,;: ]|\\quad|[~\s])+", " "),
+    (r"\\(mathrm|mbox|text[a-z]*) ?\{ ?", r"\\text{"),
+    (r" \}", "}"),
+    (r"\^ ?(\\circ|\{ ?\\circ\})", r"\\text{degrees}"),
+    (r"\\?%", r"\\text{percent}"),
+    (r"\\text\{(and|or)\}| (and|or) |\{,\}", ","),
+    (r",( ?,)+", ","),
+    (r"\\[cdt]frac", r"\\frac"),
     (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # \frac12
-    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
-    (r" ?(?<![\w.}^])(\d+)/(\d+)(?![\d.])", r"\\frac{\1}{\2}"),  # 1/2
-    (r"(\d)[eE]\+?(-?\d+)$", r"\1\\times 10^{\2}"),
-    (r"^(-?)10\^", r"\g<1>1\\times 10^"),
-    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"(\\frac ?\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+    (r"(?<![\w.}^])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}"),  # 1/2
+    (r"(\d)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}"),
+    (r"^(-?)10 ?\^", r"\g<1>1 \\times 10^"),
     (r"\\text\{([^a-zA-Z{}]*|\d[^{}]*|[ei])\}", r"\1"),  # \text{5 cm}, and e from \mathrm{e}
-    (r",+", ","),
     (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2"),  # {5} and (5)
-    (r"(\\text\{(for|where)( all[a-z ]*)?\}|,(?=.*\\in\b))\w(\\in\\mathbb ?\{?\w\}?)?$", ""),
+    (r"\\text\{for all( real| integers?)*\} ?\w$", ""),
+    (r"(,|\\text\{(for|where)( all)?\}) ?[a-zA-Z] ?\\in ?\\mathbb ?\{?\w\}?$", ""),
+    ("\0", r"\\\\"),
 )
 UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square "
          "cubic per of a each").split()  # and all plurals
 NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs dozens hundreds thousands "
                  "illions".split())  # endings
 NUMBER = re.compile(r"""
-    ([-+]?)(?:(\d*)\\frac\{(-?\d+)\}\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
-    (?:(?:\\times\ |\\cdot\ |\*)10\^\{?(-?\d{1,4})\}?)?              # \times 10^{-3}
+    ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
+    (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
     """, re.X)
 
 
@@ -343,15 +344,15 @@ def stated(text):
 
 
 def clean(text):
-    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5\times 10^{3}"."""
-    text = (stated(text) or text).lstrip("} ")
-    text = re.sub(r"\{,\}|,\\! *", ",", text).replace(r"\,", " ")
+    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5 \times 10^{3}"."""
+    if text.isdecimal():  # most answers are
+        return text
+    text = text.translate(SIGNS).strip().removesuffix(".")
+    for pattern, replacement in LAYOUT:
+        text = re.sub(pattern, replacement, text).strip()
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
-    tokens = [SAME.get(token, token) for token in TOKEN.findall(text) if token not in LAYOUT]
-    text = "\0".join(tokens).removesuffix("\0.").removesuffix(".")
-    for pattern, replacement in FORMS:
-        text = re.sub(pattern, replacement, text)
+    text = (stated(text) or text).lstrip("}").strip()
     return re.sub(r"^(\\text\{)?(the|about|exactly|approximately) ", r"\1", text, flags=re.I)
 
 
@@ -360,17 +361,13 @@ def measured(text):
 
     Single letters are factors, and other words change the value: "5 x" and "5 squared" have no unit and stay whole.
     """
-    for place in re.finditer(r" ?\\text| (?=[a-z]{2})", text, re.I):
-        rest = re.sub(r"\\text|[{}.]", "", text[place.start() :]).replace("/", " per ")
-        words = re.findall(r"\^-?\d|\w+|\S", rest) or ["?"]
-        if words[0][0] != "^" and all(word[0] == "^" or word in UNITS or is_plural(word) for word in words):
-            return text[: place.start()], [word.lower().removesuffix("s") or word for word in words]
-    return text, []
-
-
-def is_plural(word):
-    """Whether a word names things, as "eggs": it is not a number ("dozens") and does not change one ("times")."""
-    return word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
+    value, rest = re.fullmatch(r"(.*?) ?(\\text.*| [a-z][a-z/].*|)", text, re.I).groups()
+    words = re.findall(r"\^-?\d|\w+|\S", re.sub(r"\\text|[{}.]", "", rest).replace("/", " per "))
+    for place, word in enumerate(words):
+        plural = word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
+        if not (plural or word in UNITS or word[0] == "^" and place):
+            return text, []
+    return value, [word.lower().removesuffix("s") or word for word in words]
 
 
 def quantity(text):
@@ -394,9 +391,9 @@ def same_quantity(gold, answer):
 
 def sides(text):
     """The name and the values of an equation: "x = 3+4 = 7" -> ("x", ["3+4", "7"]), "7" -> ("", ["7"])."""
-    first, *rest = [*filter(None, re.split(r" ?(?:=|\\approx\b|\\in\b) ?", text))] or [""]
+    first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
     name = r"(?!\\(pi|no|ne))(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([-\w, ]*\))?"  # x_1, f(n), Area
-    name += r"|\([a-z\\]+,[a-z\\,]+\)"  # (x, y)
+    name += r"|\([a-z\\]+, ?[a-z\\, ]+\)"  # (x, y)
     return (first, rest) if rest and re.fullmatch(name, first, re.I) else ("", [first, *rest])
 
 
@@ -409,7 +406,8 @@ def words_of(text):
 
 def judge_text(gold, answer):
     """True or False by principles 2 to 4, for cleaned texts; None if formulas have to be compared."""
-    if gold == answer or not gold or not answer:
+    tight = [re.sub(r"\{(\w)\}|(?<!\d) | (?!\d)", r"\1", text) for text in (gold, answer)]
+    if tight[0] == tight[1] or not gold or not answer:
         return bool(gold and answer)
     (name, values), (other, found) = sides(gold), sides(answer)
     if name and other and name != other and ("," not in gold or name[0] == "("):
