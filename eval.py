@@ -46,18 +46,18 @@ from pathlib import Path
 
 from tqdm import tqdm  # heavier packages are imported where they are used: the grader's workers start from this file
 
-HUB = {  # name: (hub id, configuration, split to train on, split to test on)
-    "gsm8k": ("openai/gsm8k", "main", "train", "test"),
-    "math": ("nlile/hendrycks-MATH-benchmark", None, "train", "test"),
-    "openrs": ("knoveleng/open-rs", None, "train", "train"),
-    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train", "train"),
-    "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", "train", "train"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train", "train"),
-    "aime25": ("math-ai/aime25", None, "test", "test"),
-    "amc23": ("math-ai/amc23", None, "test", "test"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test", "test"),
-    "minerva": ("math-ai/minervamath", None, "test", "test"),
-    "olympiadbench": ("math-ai/olympiadbench", None, "test", "test"),
+HUB = {  # name: hub id, and a configuration where there are several
+    "gsm8k": "openai/gsm8k main",
+    "math": "nlile/hendrycks-MATH-benchmark",
+    "openrs": "knoveleng/open-rs",
+    "deepscaler": "agentica-org/DeepScaleR-Preview-Dataset",
+    "dapo": "open-r1/DAPO-Math-17k-Processed en",
+    "aime24": "HuggingFaceH4/aime_2024",
+    "aime25": "math-ai/aime25",
+    "amc23": "math-ai/amc23",
+    "math500": "HuggingFaceH4/MATH-500",
+    "minerva": "math-ai/minervamath",
+    "olympiadbench": "math-ai/olympiadbench",
 }
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # torchrun sets all; one alone means nothing
 RANK, WORLD = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if LAUNCHED else [0, 1]
@@ -70,7 +70,7 @@ PLAIN_PROMPT = "Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
 def say(text):
     """Print on rank 0, without tearing a progress bar."""
     if RANK == 0:
-        tqdm.write(str(text), file=sys.stdout)
+        tqdm.write(text)
         sys.stdout.flush()
 
 
@@ -104,16 +104,13 @@ def arithmetic(split):
 def load_problems(name, split="train"):
     """Rows with their "problem" and "answer", and their other columns; unusable ones are dropped and counted.
 
-    name: "arithmetic" or one of HUB; a .jsonl or .parquet file; any other hub id "owner/name".
-    split: "train" or "test", where the data set has both. Bad input ends the program with one line (see fail).
+    name: "arithmetic" or one of HUB; a .jsonl or .parquet file; any other hub id "owner/name", or "owner/name
+    configuration". split: "train" or "test", where the data set has both. Bad input ends the program with one line.
     """
     if name == "arithmetic":
         return arithmetic(split)
-    if name not in HUB and (os.path.exists(name) or name.endswith((".jsonl", ".parquet"))):
-        return usable(read_file(name), name)
-    known = f"a .jsonl or .parquet file, a hub id owner/name, arithmetic, {', '.join(HUB)}"
-    check(name in HUB or "/" in name, f"unknown data set {name!r}: give one of {known}")
-    return usable(read_hub(name, split), name)
+    is_file = name not in HUB and (os.path.exists(name) or name.endswith((".jsonl", ".parquet")))
+    return usable(read_file(name) if is_file else read_hub(name, split), name)
 
 
 def usable(rows, name):
@@ -136,8 +133,8 @@ def usable(rows, name):
         words = re.findall(r"(?<![\\a-z])[a-z]{2,}", gold, re.I)
         if problem and re.search(r"\w", gold) and gold.count("{") == gold.count("}") and len(words) <= 12:
             kept.append({**row, "problem": problem, "answer": gold})
-    lost = (f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: a row needs a problem, and an answer of at most "
-            "a dozen words; a solution needs \\boxed{} or ####")
+    lost = (f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: a row needs a problem, and an answer of at "
+            "most a dozen words; a solution needs \\boxed{} or ####")
     check(kept, lost)
     if len(kept) < len(rows):
         say(lost)
@@ -176,15 +173,17 @@ def read_file(path):
 
 
 def read_hub(name, split):
-    """Rows of a data set from the hub, or from its cache, as dicts."""
+    """Rows of a data set from the hub, or from its cache, as dicts: the split, or the first that there is."""
     import datasets
 
-    hub_id, configuration, *splits = HUB.get(name, (name, None, "train", "test"))
     try:
-        return datasets.load_dataset(hub_id, configuration, split=splits[split == "test"]).to_list()
+        splits = datasets.load_dataset(*HUB.get(name, name).split())
     except Exception as error:  # of a dozen kinds, and all mean that the data cannot be had
-        fail(f"cannot load {hub_id} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl file, or set HF_HOME "
-             "to a cache that holds it, and HF_HUB_OFFLINE=1")
+        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl or .parquet file, a hub "
+             f"id, arithmetic, {', '.join(HUB)}; without a network, set HF_HOME to a cache, and HF_HUB_OFFLINE=1")
+    if split not in splits:
+        say(f"{name} has no {split} split; its {next(iter(splits))} split is used")
+    return splits.get(split, next(iter(splits.values()))).to_list()
 
 
 # ---- Models and prompts ----
@@ -266,7 +265,7 @@ def context_of(model):
 
 
 def load_prompts(name, split, tokenizer, args):
-    """Problems with their token ids as "prompt_ids", and how many were skipped: without a token, or too long.
+    """Problems with their token ids as "prompt_ids", but those without a token, and too long ones.
 
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
@@ -276,12 +275,11 @@ def load_prompts(name, split, tokenizer, args):
         ids = row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
         check(max(ids, default=0) < known, f"{args.model} knows {known} tokens, and its tokenizer makes more")
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
-    skipped = len(problems) - len(kept)
-    found = f"{name}, {split}: {len(kept)} prompts, {skipped} skipped"
-    found += f" (empty, or longer than {args.max_prompt_tokens} tokens)" if skipped else ""
+    found = (f"{name}, {split}: {len(kept)} prompts of 1 to {args.max_prompt_tokens} tokens, "
+             f"{len(problems) - len(kept)} others skipped")
     check(kept, f"{found}: a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context")
     say(found)
-    return kept, skipped
+    return kept
 
 
 # ---- Grading ----
@@ -437,18 +435,16 @@ class Grader:
     5. math-verify compares everything else. But nothing may be left to add, multiply, integrate, or raise to a power,
        no function may stand in the answer that the gold does not have, a list has the same length and brackets, and an
        inequality is wrong for an interval.
-    6. A grading that reaches its deadline or memory limit is stopped and counts as wrong, and so does
-       an absurdly long answer.
+    6. A grading that reaches its deadline (in seconds of computing) or 1 GB of memory is stopped and counts as wrong,
+       and so does an absurdly long answer.
 
     Attribute timeouts: how many gradings were stopped at their deadline so far.
     """
 
-    def __init__(self, workers=None, deadline=3.0, memory_gb=3.0):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    def __init__(self, workers=None, deadline=3.0):
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers, self.timeouts = workers or max(1, min(8, cores)), 0
-        limits = map(str, (deadline, memory_gb / self.workers))
-        self.command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
+        self.command = [sys.executable, os.path.abspath(__file__), "--worker", str(deadline)]
 
     def grade_all(self, pairs):
         """Whether the answers are right, for (completion, gold) pairs, in order."""
@@ -498,7 +494,7 @@ class Grader:
                 fail("the grader's worker failed: is math-verify installed? Its message is above", 1)
             replies += worker.stdout.split()
             if worker.returncode:
-                replies.append("time-out" if worker.returncode == -signal.SIGALRM else "crash")
+                replies.append("time-out" if worker.returncode == -signal.SIGPROF else "crash")
         return replies
 
 
@@ -577,32 +573,28 @@ def same_formula(gold, answer):
     return verify(gold, answer, numeric_precision=1000, timeout_seconds=None)
 
 
-def work(deadline, memory_gb):
+def work(deadline):
     """The grader's worker: reads (gold, answer) pairs, and prints its reply to each of them.
 
-    At the deadline the kernel ends it by an alarm that nobody handles, whatever sympy is doing.
+    After `deadline` seconds of computing the kernel ends it by a signal that nobody handles, whatever sympy is doing.
     """
-    import logging
-
     questions = json.load(sys.stdin)
-    logging.disable()
     same("x", "x")  # imports sympy before the clock runs
-    output, sys.stdout, sys.stderr = sys.stdout, None, None  # the messages of a library are not replies
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    sys.stdout = sys.stderr = None  # the messages of a library are not replies
     with contextlib.suppress(ValueError):  # macOS has no such limit, and a lower one stays
-        resource.setrlimit(resource.RLIMIT_AS, [int(memory_gb * 2**30)] * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     for gold, answer in questions:
-        signal.setitimer(signal.ITIMER_REAL, deadline)
+        signal.setitimer(signal.ITIMER_PROF, deadline)
         try:
             right = same(gold, answer)
         except Exception:  # it cannot be read, or sympy cannot compare it
             right = False
-        print("right" if right else "wrong", file=output, flush=True)
+        print("right" if right else "wrong", file=sys.__stdout__, flush=True)
 
 
 # ---- Evaluation ----
 
-def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0, batch_size=256):
+def evaluate(sampler, tokenizer, problems, n=1, seed=0, temperature=0.0, batch_size=256):
     """Sample n completions per problem, grade them, and return their statistics (see summarize), on every rank.
 
     problems: rows of load_prompts. sampler(prompt_ids, n, seed, temperature) returns len(prompt_ids) * n completions,
@@ -610,20 +602,18 @@ def evaluate(sampler, tokenizer, problems, grader, n=1, seed=0, temperature=0.0,
     batch_size completions are sampled and graded.
     """
     order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["problem"]))  # memory runs out now or never
-    mine, size, records = order[RANK::WORLD], max(1, batch_size // n), []
-    with tqdm(total=len(mine), desc="evaluating", unit="problem", disable=RANK > 0 or None) as bar:
-        for start in range(0, len(mine), size):
-            batch = mine[start : start + size]
-            prompts = [problems[i]["prompt_ids"] for i in batch]
-            completions = sampler(prompts, n, (seed * WORLD + RANK) * len(problems) + start, temperature)
-            texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
-            rows = [{"index": i, "problem": problems[i]["problem"], "answer": problems[i]["answer"]}
-                    for i in batch for _ in range(n)]
-            verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
-            for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
-                row |= {"completion": text, "length": len(completion.ids), "finish": completion.finish, **verdict}
-            records += rows
-            bar.update(len(batch))
+    mine, size, records, grader = order[RANK::WORLD], max(1, batch_size // n), [], Grader()
+    for start in tqdm(range(0, len(mine), size), "evaluating", disable=RANK > 0 or None):
+        batch = mine[start : start + size]
+        prompts = [problems[i]["prompt_ids"] for i in batch]
+        completions = sampler(prompts, n, (seed * WORLD + RANK) * len(problems) + start, temperature)
+        texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+        rows = [{"index": i, "problem": problems[i]["problem"], "answer": problems[i]["answer"]}
+                for i in batch for _ in range(n)]
+        verdicts = grader.judge_all([(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
+        for row, text, completion, verdict in zip(rows, texts, completions, verdicts):
+            row |= {"completion": text, "length": len(completion.ids), "finish": completion.finish, **verdict}
+        records += rows
     shares = [records]
     if WORLD > 1:
         import torch
@@ -668,7 +658,7 @@ def vllm_sampler(args, tokenizer, device):
     import vllm
 
     engine = vllm.LLM(
-        args.model, dtype="bfloat16" if device.type == "cuda" else "float32", seed=args.seed,
+        args.model, dtype="bfloat16" if device.type == "cuda" else "float32",
         max_model_len=args.max_prompt_tokens + args.max_new_tokens,
         distributed_executor_backend="external_launcher" if WORLD > 1 else None,
         gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=device.type == "cpu",
@@ -676,9 +666,11 @@ def vllm_sampler(args, tokenizer, device):
     stops = stop_tokens(args.model, tokenizer)
 
     def sample(prompt_ids, n, seed, temperature):
-        how = {"n": n, "temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens,
-               "stop_token_ids": stops, "detokenize": False}
-        params = [vllm.SamplingParams(seed=(seed + i) * n % 2**62, **how) for i in range(len(prompt_ids))]
+        params = [
+            vllm.SamplingParams(seed=(seed + i) * n % 2**62, n=n, temperature=temperature, top_p=args.top_p,
+                                max_tokens=args.max_new_tokens, stop_token_ids=stops, detokenize=False)
+            for i in range(len(prompt_ids))
+        ]
         requests = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
         return [Completion(list(output.token_ids), output.finish_reason) for row in requests for output in row.outputs]
 
@@ -780,7 +772,7 @@ def main():
         return compare(*args.compare)
     tokenizer, args.max_prompt_tokens = load_tokenizer(args.model), math.inf
     most, args.max_new_tokens = args.max_new_tokens, 1  # enough for load_prompts
-    benchmarks = {name: load_prompts(name, "test", tokenizer, args)[0] for name in args.benchmarks.split(",")}
+    benchmarks = {name: load_prompts(name, "test", tokenizer, args) for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
     settings = {name: getattr(args, name) for name in ("model", "system_prompt", *BOUNDS)}  # they are kept in every row
@@ -801,14 +793,14 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
     say(", ".join(f"{name} {value}" for name, value in settings.items()))
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
-    sampler, grader = None, Grader()
+    sampler = None
     for name, file in files.items():
         if file.exists():
             result = summarize(read_file(str(file)))
         else:
             sampler = sampler or (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
             how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)
-            result = evaluate(sampler, tokenizer, benchmarks[name], grader, *how)
+            result = evaluate(sampler, tokenizer, benchmarks[name], *how)
             if args.out and RANK == 0:
                 aside = file.with_suffix(".part")
                 aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
@@ -822,7 +814,7 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(*map(float, sys.argv[2:]))
+        work(float(sys.argv[2]))
     else:
         signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
         main()

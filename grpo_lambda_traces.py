@@ -139,7 +139,6 @@ def token_weights(mask, loss="grpo", max_new_tokens=None, num_prompts=None):
     The weights of the table in grpo.py, with 1/P; 0 on padding. num_prompts is P over all ranks (default: the mask's
     own). Example: lengths 1 and 3 give, with "grpo", [1/2, 0, 0] and [1/6, 1/6, 1/6]; with "dapo", 1/4 each.
     """
-    mask = mask.to(torch.promote_types(mask.dtype, torch.get_default_dtype()))
     num_groups, group_size, _ = mask.shape
     lengths = mask.sum(-1, keepdim=True)  # [P, G, 1]
     if loss == "grpo":
@@ -241,15 +240,14 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
     sampler_logp = pad_sequence([torch.tensor(c.logps) for c in completions], batch_first=True).to(device)  # [P·G, T]
     old_logp, ref_logp = torch.zeros_like(sampler_logp), torch.zeros_like(sampler_logp)  # [P·G, T], filled below
     plan = micro_batches([len(ids) for ids in sequences], teaches.tolist(), args.micro_batch_tokens, device)
-    updates = []  # the statistics of each update
-    while len(updates) < args.updates_per_batch:
+    for update in range(args.updates_per_batch):
         sums = {}  # each statistic, summed over the tokens of this rank that are trained on
         for rows in plan:
             width = max(len(completions[row].ids) for row in rows)  # T of this micro-batch
             is_token = row_mask[rows, :width]  # [B, T]
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
             logp, entropy = policy(input_ids, starts[rows], is_token)  # [B, T] each; entropy has no gradient
-            if not updates:  # π_old is the policy before the first update
+            if update == 0:  # π_old is the policy before the first update
                 old_logp[rows, :width] = logp.detach()
                 if args.beta > 0:
                     with torch.no_grad():
@@ -277,15 +275,14 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")
-        updates.append({name: total / tokens for name, total in sums.items()} | {"loss": loss, "grad_norm": norm})
+        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")  # below: means over tokens, of the last update
+        metrics = {name: total / tokens for name, total in sums.items()} | {"loss": loss, "grad_norm": norm}
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
     sums = {"reward": rewards.mean(-1).sum(), "zero_variance": equal.sum(), "length": lengths.sum() / group_size}
     sums["truncated"] = sum(completion.finish == "length" for completion in completions) / group_size
     sums["advantage_clamped"] = clamped.sum() / group_size  # λ:
-    metrics = {name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()}
-    metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    metrics |= {name: total / args.prompts_per_step for name, total in sum_over_ranks(sums, device).items()}
     return metrics, advantages
 
 
@@ -295,8 +292,8 @@ def main():
     # Phase 1: flags and data. Bad input ends the program here, before a model is loaded
     args = parse_args()
     tokenizer = load_tokenizer(args.model)
-    data, skipped = load_prompts(args.dataset, "train", tokenizer, args)
-    eval_problems = load_prompts(args.eval_dataset, "test", tokenizer, args)[0] if args.eval_dataset else []
+    data = load_prompts(args.dataset, "train", tokenizer, args)
+    eval_problems = load_prompts(args.eval_dataset, "test", tokenizer, args) if args.eval_dataset else []
     epochs = range(math.ceil(args.steps * args.prompts_per_step / len(data)))  # each has its own order, by the seed
     order = [i for epoch in epochs for i in np.random.default_rng((args.seed, epoch)).permutation(len(data))]
 
@@ -309,9 +306,9 @@ def main():
     sampler = (VLLMSampler if vllm else HFSampler)(args, tokenizer, device)
     done = load_checkpoint(policy, optimizer, args.resume) if args.resume else 0
     sampler.load(full_weights(policy, sampler.dtype))
-    run, size = open_run(args, done), sum(parameter.numel() for parameter in policy.parameters())
-    say(f"{SCRIPT}: {Path(args.model).name}, {size / 1e6:.1f}M parameters, {WORLD} x {device.type}, "
-        f"{type(sampler).__name__}; steps {done + 1} to {args.steps}, written to {run}")
+    run = open_run(args, done)
+    say(f"{SCRIPT}: {Path(args.model).name}, {policy.model.num_parameters() / 1e6:.1f}M parameters, "
+        f"{WORLD} x {device.type}, {type(sampler).__name__}; steps {done + 1} to {args.steps}, written to {run}")
 
     # Phase 3: the loop. SIGTERM, as clusters send it, ends it after the step, with a checkpoint
     terminated, starts = [], {}  # SIGTERM was received; when each phase of the step began
@@ -325,7 +322,7 @@ def main():
 
     grader = Grader()
     if eval_problems and not done:
-        accuracy = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+        accuracy = evaluate(sampler, tokenizer, eval_problems)["accuracy"]
         say(f"accuracy before training: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
     say(" ".join(f"{column:>6}" for column in COLUMNS))
     for step in bar:
@@ -339,9 +336,9 @@ def main():
         phase("grading")
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         problems = [row for row in rows for _ in range(args.group_size)]
-        rewards = rewards_of(texts, problems, grader)
-        good = len(rewards) == len(texts) and all(value is not None and math.isfinite(value) for value in rewards)
-        check(good, "rewards_of must return one finite number per completion")
+        rewards = np.array(rewards_of(texts, problems, grader), float)  # None becomes NaN
+        if np.isfinite(rewards).sum() != len(texts):
+            fail("rewards_of must return one finite number per completion", 1)
         rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
         phase("training")
         optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
@@ -351,11 +348,11 @@ def main():
         sampler.load(full_weights(policy, sampler.dtype))
         phase("logging")
         counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
-        metrics |= {"step": step, "lr": lr, "skipped": skipped, "grader_timeouts": int(counts["timeouts"]),
+        metrics |= {"step": step, "lr": lr, "grader_timeouts": int(counts["timeouts"]),
                     "memory_gb": (total - free) / 1e9}
         due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
         if eval_problems and due and not counts["terminated"]:
-            metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems, grader)["accuracy"]
+            metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems)["accuracy"]
         log_step(run, args, metrics, starts, tokenizer, rows[0], completions, rewards[0], advantages[0])
         if step == args.steps or counts["terminated"] or (args.save_every and step % args.save_every == 0):
             save_checkpoint(policy, optimizer, run, step)
@@ -441,10 +438,12 @@ class VLLMSampler:
         self.on_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.stops = stop_tokens(args.model, tokenizer)
-        how = {"max_tokens": args.max_new_tokens, "stop_token_ids": self.stops, "detokenize": False}
-        self.params = partial(vllm.SamplingParams, logprobs=0, flat_logprobs=True, **how)  # 0: of the drawn token alone
+        self.params = partial(
+            vllm.SamplingParams, max_tokens=args.max_new_tokens, stop_token_ids=self.stops, detokenize=False,
+            logprobs=0, flat_logprobs=True,  # 0: of the drawn token alone
+        )
         self.engine = vllm.LLM(
-            args.model, dtype=self.dtype, seed=args.seed, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+            args.model, dtype=self.dtype, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
             distributed_executor_backend="external_launcher" if WORLD > 1 else None,
             gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=not self.on_gpu,
             enable_sleep_mode=self.on_gpu,
@@ -529,7 +528,7 @@ def load_policy(args, device, trainable=True):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # shards inside a node, replicas across nodes
     mesh = dist.init_device_mesh(device.type, (WORLD // local, local), mesh_dim_names=("replicate", "shard"))
     mesh = mesh["shard"] if WORLD == local else mesh  # one node: no second copy of the gradients to be all-reduced
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    precision = MixedPrecisionPolicy(torch.bfloat16 if device.type == "cuda" else None, torch.float32)
     for module in [*layers, policy]:  # after a forward pass the root stays whole for the backward pass, if there is one
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
     return policy.float()
@@ -642,8 +641,7 @@ def open_run(args, done):
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
             with open(path, "ab+") as file:
                 file.seek(0)
-                rows = [row for row in file if row.endswith(b"\n") and json.loads(row)["step"] <= done]
-                file.truncate(sum(map(len, rows)))
+                file.truncate(sum(map(len, file.readlines()[:done])))  # a row per step
         (run / "args.part").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
         (run / "args.part").rename(run / "args.json")  # so that it is whole
     return run

@@ -345,12 +345,12 @@ def test_hostile_golds():
 @pytest.mark.long
 def test_memory_limit():
     """A grading that wants more memory than allowed does not take the machine's: the answer is wrong and others go on."""
-    grader = ev.Grader(workers=1, deadline=30, memory_gb=0.5)
-    greedy = (boxed("2^{2^{33}}"), r"\sqrt{7}")  # one gigabyte, and more while it is computed
+    grader = ev.Grader(workers=1, deadline=30)
+    greedy = (boxed("2^{2^{34}}"), r"\sqrt{7}")  # two gigabytes, and more while it is computed
     assert grader.grade_all([greedy, (boxed("1+x"), "x+1")]) == [False, True]
     assert grader.timeouts == 0
     code = "import resource, sys; sys.path.insert(0, {!r}); import eval as ev\n" \
-           "ev.same = lambda *_: resource.getrlimit(resource.RLIMIT_AS)[0] == 2**29\nev.work(3.0, 0.5)".format(str(ROOT))
+           "ev.same = lambda *_: resource.getrlimit(resource.RLIMIT_AS)[0] == 2**30\nev.work(3.0)".format(str(ROOT))
     grader.command = [sys.executable, "-c", code]
     assert sys.platform == "darwin" or right(grader, boxed("1+x"), "x+2")  # right if the worker has this limit
 
@@ -367,7 +367,7 @@ def test_a_worker_that_is_killed_costs_one_question():
     grader = ev.Grader(workers=1)
     code = "import os, signal, sys; sys.path.insert(0, {!r}); import eval as ev; same = ev.same\n" \
            "ev.same = lambda *pair: os.kill(os.getpid(), signal.SIGKILL) if pair == ('x+2', '2+x') else same(*pair)\n" \
-           "ev.work(3.0, 3.0)".format(str(ROOT))
+           "ev.work(3.0)".format(str(ROOT))
     grader.command = [sys.executable, "-c", code]
     pairs = [("x+1", "1+x"), ("x+2", "2+x"), ("x+3", "3+x")]
     verdicts = grader.judge_all([(boxed(answer), gold) for gold, answer in pairs])

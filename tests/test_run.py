@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SCRIPTS, TINY, launch, metrics, on_a_terminal
 
 KEYS = """step reward zero_variance length truncated loss entropy kl clip_fraction grad_norm lr tis_mean tis_capped logp_diff
-grader_timeouts skipped tokens_per_second seconds_sampling seconds_grading seconds_training seconds_syncing memory_gb""".split()
+grader_timeouts tokens_per_second seconds_sampling seconds_grading seconds_training seconds_syncing memory_gb""".split()
 OWN_KEYS = {
     "grpo": [],
     "grpo_lambda_traces": ["trace_weight", "advantage_clamped"],
@@ -100,8 +100,8 @@ def bad_inputs(tmp_path, script):
         "folder without a model": (["--model", str(tmp_path / "no_model")], "no_model"),
         "folder without weights": (["--model", str(tmp_path / "no_weights")], "safetensors"),
         "a file for a model": (["--model", data("model.gguf", "GGUF")], "model.gguf"),
-        "a context too short": (["--max_new_tokens", "250"], "longer than 6 tokens"),
-        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "1 skipped (empty"),
+        "a context too short": (["--max_new_tokens", "250"], "0 prompts of 1 to 6 tokens"),
+        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "0 prompts of 1 to 208 tokens, 1 others skipped"),
         "a solution without a box": (["--dataset", data("solution.jsonl", '{"problem": "1+1?", "solution": "It is two."}\n')], "box"),
         "missing data": (["--dataset", str(tmp_path / "none.jsonl")], "none.jsonl"),
         "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
@@ -402,7 +402,7 @@ def test_flags_of_a_resumed_run(tmp_path, monkeypatch, capsys):
 def test_rewards_are_checked(tmp_path, monkeypatch, capsys, wrong, rewards):
     grpo = importlib.import_module("grpo")
     monkeypatch.setattr(grpo, "rewards_of", lambda texts, problems, grader: rewards(texts))
-    assert run_here(grpo, quick("grpo", tmp_path / "run", 2), monkeypatch) == 2
+    assert run_here(grpo, quick("grpo", tmp_path / "run", 2), monkeypatch) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: rewards_of must return one finite number")
 
 
