@@ -288,7 +288,7 @@ SIGNS = str.maketrans(dict(zip("−–×·π∞²³≤≥≠≈∪√°", [sign 
     r"- - \times \cdot \pi \infty ^2 ^3 \le \ge \ne \approx \cup \sqrt \text{degrees}").split()])))
 LAYOUT = (  # (pattern, replacement), one after the other: then what means the same is written the same
     (r"\\\\", "\0"),  # the end of a matrix's row
-    (r"\\[()\[\]!$]|[$£€`]|^\*\*|\*\*$|</?answer>", ""),
+    (r"\\[()\[\]!$]|[$£€`“”\x22]|^\*\*|\*\*$|</?answer>", ""),
     (r"\\(left|right|displaystyle|math(bf|it)|boldsymbol|bm|[bB]ig+[lr]?)(?![a-z])", ""),
     (r"(\\[,;: ]|\\quad|[~\s])+", " "),
     (r"\\(mathrm|mbox|text[a-z]*) ?\{ ?", r"\\text{"),

@@ -107,7 +107,7 @@ def bad_inputs(tmp_path, script):
         "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
         "broken line": (["--dataset", data("broken.jsonl", good + '{"problem": ')], "line 2"),
         "empty file": (["--dataset", data("empty.jsonl", "")], "empty"),
-        "long prompts": (["--dataset", data("long.jsonl", good.replace("1+1", "1+1" * 9)), "--max_prompt_tokens", "9"], "longer"),
+        "long prompts": (["--dataset", data("long.jsonl", good.replace("1+1", "1+1" * 9)), "--max_prompt_tokens", "9"], "0 prompts of 1 to 9 tokens"),
         "negative seed": (["--seed", "-1"], "--seed"),
         "seed of nanoseconds": (["--seed", "1795730000000000000"], "--seed"),
         "no usable answer": (["--dataset", data("useless.jsonl", good.replace('"2"', '""'))], "answer"),
