@@ -15,7 +15,7 @@ table has one row per benchmark:
     length     mean number of tokens per completion
     truncated  share of completions that were cut off at --max_new_tokens
     no box     share of completions without a \\boxed answer
-    time-outs  gradings that were stopped after 3 seconds; they count as wrong
+    time-outs  gradings that were stopped after 3 seconds of computing; they count as wrong
     pass@k     probability that at least one of k completions is right (unbiased estimate from n),
                for k = 1, 2, 4, .. n
 
