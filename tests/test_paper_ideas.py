@@ -492,7 +492,7 @@ def test_rc_grpo_asks_for_its_goals(paper, tmp_path, monkeypatch):
     script = paper("rc_grpo")
     seen, asked = watch(script, monkeypatch)
     flags = ["--goal_low", "?", "--eval_dataset", "arithmetic", "--steps", 2]
-    monkeypatch.setattr(script, "evaluate", lambda sampler, tokenizer, problems, grader: asked.append(problems) or {"accuracy": 0.0})
+    monkeypatch.setattr(script, "evaluate", lambda sampler, tokenizer, problems: asked.append(problems) or {"accuracy": 0.0})
     assert run_here(script, quick("rc_grpo", tmp_path / "run", 2, *flags), monkeypatch) == 0
     tokenizer, highs = script.load_tokenizer(str(TINY)), 0
     assert all(tokenizer.decode(row["prompt_ids"]).count("?") == 1 for row in asked[0])
