@@ -6,9 +6,9 @@
     python eval.py --compare runs/base runs/trained    the difference of two finished evaluations
 
 torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name from the list
-below, a hub id "owner/name", or a .jsonl or .parquet file with one problem and its answer per row.
-With --n 1 decoding is greedy; more completions are sampled with --temperature and --top_p. The
-table has one row per benchmark:
+below, a hub id "owner/name" (or "owner/name configuration"), or a .jsonl or .parquet file with one
+problem and its answer per row. With --n 1 decoding is greedy; more completions are sampled with
+--temperature and --top_p. The table has one row per benchmark:
 
     avg@n      accuracy: the share of right completions per problem, averaged over problems,
                ± its standard error over problems
@@ -127,11 +127,12 @@ def usable(rows, name):
     for row in rows:
         cells = {str(column).lower(): read_cell(value) for column, value in row.items()}
         problem = "\n".join(filter(None, map(cells.get, asked)))
-        gold = cells.get(answered[0], "").rpartition("####")[2].strip()  # GSM8K's "so she has 18 #### 18"
-        if "\\boxed" in gold or answered == ["solution"] and not quantity(clean(gold)):
+        cell = cells.get(answered[0], "")
+        gold = cell.rpartition("####")[2].strip()  # GSM8K's "so she has 18 #### 18"
+        if "\\boxed" in gold or answered == ["solution"] and gold == cell and not quantity(clean(gold)):
             gold = last_boxed(gold) or ""
         words = re.findall(r"(?<![\\a-z])[a-z]{2,}", gold, re.I)
-        if problem and re.search(r"\w", gold) and gold.count("{") == gold.count("}") and len(words) <= 12:
+        if problem and re.search(r"\w", clean(gold)) and gold.count("{") == gold.count("}") and len(words) <= 12:
             kept.append({**row, "problem": problem, "answer": gold})
     lost = (f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: a row needs a problem, and an answer of at "
             "most a dozen words; a solution needs \\boxed{} or ####")
@@ -165,25 +166,31 @@ def read_file(path):
 
             return parquet.read_table(path).to_pylist()
         text = Path(path).read_text("utf-8-sig").strip()
-        if not text.startswith("["):  # JSON lines; an error then names the line
-            text = "[" + text.replace("\n", ",\n") + "]"
+        if not text.startswith("["):  # JSON lines, some of them blank; an error then names the line or the next
+            text = "[" + re.sub(r"\n(?!\s*\n)", ",\n", text) + "]"
         return [dict(row) for row in json.loads(text)]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         fail(f"cannot read {path}: {error}; it must be .parquet, JSON lines or a JSON array, of objects")
 
 
 def read_hub(name, split):
-    """Rows of a data set from the hub, or from its cache, as dicts: the split, or the first that there is."""
+    """Rows of a data set from the hub, or from its cache, as dicts.
+
+    Without the split that was asked for, its last split is used to test, and its first one to train.
+    """
+    known = f"a .jsonl or .parquet file, a hub id owner/name, arithmetic, {', '.join(HUB)}"
+    check(name in HUB or "/" in name, f"unknown data set {name!r}: give one of {known}")
     import datasets
 
     try:
         splits = datasets.load_dataset(*HUB.get(name, name).split())
     except Exception as error:  # of a dozen kinds, and all mean that the data cannot be had
-        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl or .parquet file, a hub "
-             f"id, arithmetic, {', '.join(HUB)}; without a network, set HF_HOME to a cache, and HF_HUB_OFFLINE=1")
+        fail(f"cannot load {name} ({type(error).__name__}: {str(error)[:200]}): give a .jsonl file, or set HF_HOME "
+             "to a cache that holds it, and HF_HUB_OFFLINE=1")
     if split not in splits:
-        say(f"{name} has no {split} split; its {next(iter(splits))} split is used")
-    return splits.get(split, next(iter(splits.values()))).to_list()
+        wanted, split = split, list(splits)[-1 if split == "test" else 0]
+        say(f"{name} has no {wanted} split; its {split} split is used")
+    return splits[split].to_list()
 
 
 # ---- Models and prompts ----
@@ -265,7 +272,7 @@ def context_of(model):
 
 
 def load_prompts(name, split, tokenizer, args):
-    """Problems with their token ids as "prompt_ids", but those without a token, and too long ones.
+    """Problems with their token ids as "prompt_ids", except those without a token and those that are too long.
 
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
@@ -284,11 +291,13 @@ def load_prompts(name, split, tokenizer, args):
 
 # ---- Grading ----
 
-SIGNS = str.maketrans(dict(zip("−–×·π∞²³≤≥≠≈∪√°", [sign + " " for sign in (
-    r"- - \times \cdot \pi \infty ^2 ^3 \le \ge \ne \approx \cup \sqrt \text{degrees}").split()])))
+SIGNS = str.maketrans(dict(zip("×·π∞²³≤≥≠≈∪√°", [sign + " " for sign in (
+    r"\times \cdot \pi \infty ^2 ^3 \le \ge \ne \approx \cup \sqrt \text{degrees}").split()])))
 LAYOUT = (  # (pattern, replacement), one after the other: then what means the same is written the same
+    ("[−–]", "-"),
     (r"\\\\", "\0"),  # the end of a matrix's row
     (r"\\[()\[\]!$]|[$£€`“”\x22]|^\*\*|\*\*$|</?answer>", ""),
+    (r"\.$", ""),
     (r"\\(left|right|displaystyle|math(bf|it)|boldsymbol|bm|[bB]ig+[lr]?)(?![a-z])", ""),
     (r"(\\[,;: ]|\\quad|[~\s])+", " "),
     (r"\\(mathrm|mbox|text[a-z]*) ?\{ ?", r"\\text{"),
@@ -345,7 +354,7 @@ def clean(text):
     r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5 \times 10^{3}"."""
     if text.isdecimal():  # most answers are
         return text
-    text = text.translate(SIGNS).strip().removesuffix(".")
+    text = text.translate(SIGNS).strip()
     for pattern, replacement in LAYOUT:
         text = re.sub(pattern, replacement, text).strip()
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
@@ -435,7 +444,7 @@ class Grader:
     5. math-verify compares everything else. But nothing may be left to add, multiply, integrate, or raise to a power,
        no function may stand in the answer that the gold does not have, a list has the same length and brackets, and an
        inequality is wrong for an interval.
-    6. A grading that reaches its deadline (in seconds of computing) or 1 GB of memory is stopped and counts as wrong,
+    6. A grading that reaches its deadline (in seconds of computing) or 0.5 GB of memory is stopped and counts as wrong,
        and so does an absurdly long answer.
 
     Attribute timeouts: how many gradings were stopped at their deadline so far.
@@ -578,11 +587,14 @@ def work(deadline):
 
     After `deadline` seconds of computing the kernel ends it by a signal that nobody handles, whatever sympy is doing.
     """
+    import logging
+
     questions = json.load(sys.stdin)
+    logging.disable()
     same("x", "x")  # imports sympy before the clock runs
     sys.stdout = sys.stderr = None  # the messages of a library are not replies
     with contextlib.suppress(ValueError):  # macOS has no such limit, and a lower one stays
-        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
     for gold, answer in questions:
         signal.setitimer(signal.ITIMER_PROF, deadline)
         try:
@@ -778,6 +790,7 @@ def main():
     settings = {name: getattr(args, name) for name in ("model", "system_prompt", *BOUNDS)}  # they are kept in every row
     folder = Path(args.out or os.devnull)  # in the latter there are no files
     files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
+    check(len({*files.values()}) == len(files), "two benchmarks would have the same file in --out")
     for file in files.values():
         same_settings = not file.exists() or settings.items() <= read_file(str(file))[0].items()
         check(same_settings, f"{file} has other settings: choose another --out")

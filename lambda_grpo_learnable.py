@@ -313,7 +313,7 @@ def main():
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         problems = [row for row in rows for _ in range(args.group_size)]
         rewards = np.array(rewards_of(texts, problems, grader), float)  # None becomes NaN
-        if np.isfinite(rewards).sum() != len(texts):
+        if rewards.shape != (len(texts),) or not np.isfinite(rewards).all():
             fail("rewards_of must return one finite number per completion", 1)
         rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
         phase("training")

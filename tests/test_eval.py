@@ -132,17 +132,17 @@ def test_parquet(tmp_path):
 
 
 def test_names_of_the_hub(monkeypatch, capsys):
-    """Every known name asks for its data set and split. The network itself is not tested."""
+    """Names ask for their data set and configuration; a split that is not there is replaced. The network is not tested."""
     datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(*how):
         asked.append(how)
         names = ["test"] if "aime25" in how[0] else ["train"] if "aime_2024" in how[0] else ["train", "test"]
-        return {name: datasets.Dataset.from_list([{"prompt": f"{name} {i}?", "solution": str(i)} for i in range(5)]) for name in names}
+        return {name: datasets.Dataset.from_list([{"prompt": f"{name} {i}?", "solution": "", "reward_model": {"ground_truth": str(i)}} for i in range(5)]) for name in names}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [row["answer"] for row in ev.load_problems("dapo")] == [*"01234"] and capsys.readouterr().out == ""
+    assert [row["answer"] for row in ev.load_problems("dapo")] == [*"01234"] and "split" not in capsys.readouterr().out
     for name, split, used in (("gsm8k", "train", "train"), ("gsm8k", "test", "test"), ("aime24", "test", "train"),
                               ("aime25", "train", "test"), ("someone/something own", "test", "test")):  # fmt: skip
         assert {row["problem"].split()[0] for row in ev.load_problems(name, split)} == {used}
@@ -163,9 +163,9 @@ def refused(capsys, *arguments):
     return lines[0]
 
 
-def test_bad_data(tmp_path, capsys, monkeypatch):
+def test_bad_data(tmp_path, capsys):
     good = '{"problem": "1+1?", "answer": "2"}\n'
-    (tmp_path / "broken.jsonl").write_text(good * 3 + '{"problem": "1+1?", "ans\n' + good)
+    (tmp_path / "broken.jsonl").write_text(good + "\n" + good + '{"problem": "1+1?", "ans\n' + good)
     assert "line 4" in refused(capsys, str(tmp_path / "broken.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(good.encode() + '{"problem": "Größe?", "answer": "2"}\n'.encode("latin-1"))
     assert "can't decode byte" in refused(capsys, str(tmp_path / "latin.jsonl"))
@@ -186,7 +186,7 @@ def test_bad_data(tmp_path, capsys, monkeypatch):
     assert "directory" in refused(capsys, str(tmp_path))
 
     line = refused(capsys, "nosuch")
-    assert "cannot load nosuch" in line and "aime24" in line and "arithmetic" in line and ".jsonl" in line
+    assert "unknown data set 'nosuch'" in line and "aime24" in line and "arithmetic" in line and ".jsonl" in line
 
 
 def test_hub_out_of_reach():
@@ -200,11 +200,11 @@ def test_hub_out_of_reach():
 
 def test_solutions_and_proofs(tmp_path, capsys):
     """In a column `solution` a number is an answer, a text needs a box; a proof is none, and a long formula is."""
-    rows = [("1+1?", "2"), ("2+2?", "We find 4."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8")]
+    rows = [("1+1?", "2"), ("2+2?", "We find 4."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8"), ("x?", "so #### x+1")]
     path = tmp_path / "solution.jsonl"
     path.write_text("".join(json.dumps({"problem": problem, "solution": text}) + "\n" for problem, text in rows))
-    assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8"]
-    assert "1 of 4 rows dropped" in (said := capsys.readouterr().out) and "a solution needs \\boxed{}" in said
+    assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8", "x+1"]
+    assert "1 of 5 rows dropped" in (said := capsys.readouterr().out) and "a solution needs \\boxed{}" in said
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
     formula = "f(x)=a x+b, where b is an arbitrary integer, a is an arbitrary positive integer"
     path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
@@ -533,7 +533,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "long.jsonl").write_text('{"problem": "' + "1+" * 300 + '1?", "answer": "301"}\n')
     cases = [
-        (("--model", TINY, "--benchmarks", "nosuch"), "give a .jsonl or .parquet file, a hub id, arithmetic, gsm8k"),
+        (("--model", TINY, "--benchmarks", "nosuch"), "unknown data set 'nosuch': give one of a .jsonl"),
         (("--model", TINY, "--benchmarks", "nothing.jsonl"), "No such file"),
         (("--model", TINY, "--benchmarks", tmp_path / "text.jsonl"), "has the columns text, label"),
         (("--model", TINY, "--benchmarks", tmp_path / "empty.jsonl"), "has the columns (none)"),

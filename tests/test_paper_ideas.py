@@ -324,10 +324,10 @@ def test_tw_grpo_without_weights_is_dapo_bit_for_bit(paper, alone):
 
 
 def test_tw_grpo_soft_rewards(paper):
-    script, golds = paper("tw_grpo"), ("A,B,C", "42", "x", "a,b")
+    script, golds = paper("tw_grpo"), ("A,B,C", "42", "x", "a,b", "$A$ and $B$")
     grader = script.Grader(workers=1)
     table = zip(golds, ({"A,C": 2 / 3, "C, A": 2 / 3, r"\text{A}": 1 / 3, "A and C": 2 / 3, "(A,C)": 2 / 3, "A,D": 0, "A,B,C": 1, "": 0},
-                        {"4,2": 0, "42": 1, "4": 0}, {"X": 0}, {"a": 0}))
+                        {"4,2": 0, "42": 1, "4": 0}, {"X": 0}, {"a": 0}, {"A": 1 / 2}))
     rows = [(rf"\boxed{{{answer}}}", {"answer": gold}, reward) for gold, answers in table for answer, reward in answers.items()]
     texts, problems, expected = zip(*rows)
     assert script.rewards_of(texts, problems, grader) == pytest.approx(expected)

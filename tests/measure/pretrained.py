@@ -36,7 +36,7 @@ SYSTEM = "Answer in one short sentence."
 FLAGS = dict(  # of all four scripts
     steps=12, prompts_per_step=4, group_size=8, max_new_tokens=24, lr=4e-5, warmup_steps=3, micro_batch_tokens=1024,
 )
-ENDS = 5  # "first" and "last" are means of so many steps
+ENDS = 5  # "in training" is the mean of so many steps
 
 
 def rewards_of(texts, problems, grader):

@@ -36,7 +36,7 @@ def make_tokenizer():
         vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], eos_token=EOS, pad_token=EOS, unk_token=EOS
     )
     fast.add_tokens([AddedToken(BOX, special=False, normalized=False)])
-    fast.chat_template = r"{{ messages[-1]['content'].split('\n\n')[-1] }}"  # the problem alone: it knows no instructions
+    fast.chat_template = r"{{ messages[-1]['content'].split('\n\n', 1)[-1] }}"  # the problem alone: it knows no instructions
     return fast
 
 
