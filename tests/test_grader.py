@@ -355,11 +355,13 @@ def test_memory_limit():
     assert sys.platform == "darwin" or right(grader, boxed("1+x"), "x+2")  # right if the worker has this limit
 
 
-def test_duplicates_are_graded_once():
+def test_duplicates_are_graded_once(capfd):
+    """And neither math-verify nor a worker that is ended says anything."""
     grader = ev.Grader(workers=2, deadline=0.7)
     verdicts = grader.grade_all([(boxed("9^{9^{9^{9}}}"), "\\sqrt{5}")] * 20 + [(boxed("x+1"), "1+x")] * 20)
     assert verdicts == [False] * 20 + [True] * 20
     assert grader.timeouts == 1
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_worker_that_is_killed_costs_one_question():
