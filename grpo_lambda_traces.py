@@ -53,7 +53,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# check and fail end the program with one line of error; say prints on rank 0
+# fail ends the program with one line of error, and so does check unless its condition holds; say prints on rank 0
 from eval import Grader, check, evaluate, fail, load_prompts, load_tokenizer, say, stop_tokens
 
 SCRIPT = Path(__file__).stem
@@ -114,10 +114,11 @@ def rewards_of(texts, problems, grader):
 # 2. Advantage, weights, loss ------------------------------------------------------------------------------------------
 # Pure functions of tensors, ready to be copied. Rewards [P, G] and masks [P, G, T] hold whole groups; policy_loss alone
 # accepts any rows [B, T], also of different groups. Completions are right-padded: a mask is ones, then zeros, and its
-# column 0 is the first completion token. Values on padding do not matter, and a row of zeros (a dropped completion) has
-# no weight (its reward still counts in its group). Results are float32, or float64 for float64 inputs. token_weights
-# already holds 1/P, of all ranks and micro-batches, so add up the losses of micro-batches, never average them; multiply
-# them by the number of ranks where gradients are averaged over ranks (FSDP, DDP).
+# column 0 is the first completion token. Other values on padding do not matter, and a row of zeros (a dropped
+# completion) has no weight (its reward still counts in its group). Results are float32, or float64 for float64 inputs
+# (half precision stays what it is). token_weights already holds 1/P, of all ranks and micro-batches, so add up the
+# losses of micro-batches, never average them; multiply them by the number of ranks where gradients are averaged over
+# ranks (FSDP, DDP).
 
 def group_advantages(rewards, normalize_std=True):
     """How much better each completion is than its group. rewards [P, G] -> advantages [P, G].
@@ -219,7 +220,7 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
 # 3. The training step -------------------------------------------------------------------------------------------------
 
 def train_step(policy, reference, optimizer, args, prompts, completions, rewards):
-    """Train on a rank's P prompts [P][ids], completions [P·G], rewards [P, G] -> all ranks' metrics, advantages [P, G].
+    """Train on a rank's P prompts (lists of ids), completions [P·G], rewards [P, G] -> all ranks' metrics, advantages.
 
     A token has four log-probabilities: the policy's (logp, with gradient), that of the policy before the first update
     (old_logp, for the ratio), the reference's (ref_logp, for the KL term), and the sampler's (sampler_logp, for TIS).
@@ -247,7 +248,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             is_token = row_mask[rows, :width]  # [B, T]
             input_ids = pad_sequence([sequences[row] for row in rows], batch_first=True).to(device)  # [B, S]
             logp, entropy = policy(input_ids, starts[rows], is_token)  # [B, T] each; entropy has no gradient
-            if update == 0:  # π_old is the policy before the first update
+            if update == 0:  # π_old is the policy before the first optimizer.step(), for all updates of this batch
                 old_logp[rows, :width] = logp.detach()
                 if args.beta > 0:
                     with torch.no_grad():
@@ -275,7 +276,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")  # below: means over tokens, of the last update
+        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")  # below: means over these, of the last update
         metrics = {name: total / tokens for name, total in sums.items()} | {"loss": loss, "grad_norm": norm}
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P
@@ -294,7 +295,7 @@ def main():
     tokenizer = load_tokenizer(args.model)
     data = load_prompts(args.dataset, "train", tokenizer, args)
     eval_problems = load_prompts(args.eval_dataset, "test", tokenizer, args) if args.eval_dataset else []
-    epochs = range(math.ceil(args.steps * args.prompts_per_step / len(data)))  # each has its own order, by the seed
+    epochs = range(math.ceil(args.steps * args.prompts_per_step / len(data)))  # each has its own order, from the seed
     order = [i for epoch in epochs for i in np.random.default_rng((args.seed, epoch)).permutation(len(data))]
 
     # Phase 2: policy, optimizer, sampler. A single process is a process group of one, and runs the same code
@@ -310,7 +311,7 @@ def main():
     say(f"{SCRIPT}: {Path(args.model).name}, {policy.model.num_parameters() / 1e6:.1f}M parameters, "
         f"{WORLD} x {device.type}, {type(sampler).__name__}; steps {done + 1} to {args.steps}, written to {run}")
 
-    # Phase 3: the loop. SIGTERM, as clusters send it, ends it after the step, with a checkpoint
+    # Phase 3: the loop. At SIGTERM, which clusters send, it saves a checkpoint after the current step and ends
     terminated, starts = [], {}  # SIGTERM was received; when each phase of the step began
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     share = args.prompts_per_step // WORLD  # prompts of a rank
@@ -331,7 +332,7 @@ def main():
         first = (step - 1) * args.prompts_per_step + RANK * share  # place of this rank's first prompt in the order
         rows = [data[i] for i in order[first : first + share]]
         prompts, seed = [row["prompt_ids"] for row in rows], args.seed * 1_000_000_007 + first
-        completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], the same on any ranks
+        completions = sampler(prompts, args.group_size, seed, args.temperature)  # [P·G], whatever the number of ranks
         sampler.sleep()
         phase("grading")
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
@@ -343,7 +344,7 @@ def main():
         phase("training")
         optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
         metrics, advantages = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
-        free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)  # with all that vLLM keeps
+        free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)  # of the whole GPU, vLLM included
         phase("syncing")
         sampler.load(full_weights(policy, sampler.dtype))
         phase("logging")
@@ -403,7 +404,7 @@ class HFSampler:
         cache, rows = DynamicCache(config=self.model.config), torch.arange(len(seeds), device=device)
         drawn = torch.zeros(len(seeds), self.max_new_tokens, dtype=torch.long, device=device)  # [B, T]
         logps, lengths = torch.zeros(drawn.shape, device=device), torch.zeros_like(rows)  # [B, T], [B]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B/n, S]: they count from behind the padding
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B/n, S]: counted from the end of the padding
         for t in range(self.max_new_tokens):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
@@ -428,7 +429,7 @@ class HFSampler:
 
 
 class VLLMSampler:
-    """Samples with a vLLM engine on every rank. Between sleep and the next load it holds no weights and no cache."""
+    """Samples with a vLLM engine on every rank. On a GPU it holds no weights and no cache while it sleeps."""
 
     def __init__(self, args, tokenizer, device):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where new weights can reach it
@@ -455,7 +456,7 @@ class VLLMSampler:
     def load(self, named_tensors):
         """Take over new weights: (name, full tensor) pairs. Wakes the engine."""
         if self.on_gpu:
-            torch.cuda.empty_cache()  # the engine needs what the training no longer does
+            torch.cuda.empty_cache()  # the engine needs the memory that training has freed
             self.engine.wake_up(tags=["weights"])
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         if self.on_gpu:
@@ -480,7 +481,7 @@ class VLLMSampler:
 class Policy(torch.nn.Module):
     """A causal language model whose forward pass returns log-probabilities of given tokens. [B, T, vocabulary] logits
     never exist: the head runs in checkpointed chunks of 512 tokens. No attention mask is needed, because the padding is
-    on the right, where causal attention does not see it. load_policy refuses models for which this does not hold."""
+    on the right, where causal attention does not see it."""
 
     def __init__(self, model, temperature):
         super().__init__()
@@ -594,7 +595,7 @@ COLUMNS.append("trace_weight")  # λ:
 
 
 def parse_args():
-    """Checked flags: given ones win over the resumed run's (or, without --model, TOY), and these over the defaults."""
+    """Checked flags: the user's come first, then the resumed run's (or, without --model, TOY), then the defaults."""
     parser = HfArgumentParser(Args, description=f"{__doc__.splitlines()[0]} Without --model: {TOY}", allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args()
@@ -635,7 +636,7 @@ def open_run(args, done):
     dist.broadcast_object_list(name)  # the clocks of the ranks may differ
     run = Path(name[0])
     if RANK == 0:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=done > 0)  # the second of two new runs in it fails here
+        (run / "checkpoints").mkdir(parents=True, exist_ok=done > 0)  # a second new run in the same folder fails here
         for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
             shutil.rmtree(part)
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
@@ -643,7 +644,7 @@ def open_run(args, done):
                 file.seek(0)
                 file.truncate(sum(map(len, file.readlines()[:done])))  # a row per step
         (run / "args.part").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=1))
-        (run / "args.part").rename(run / "args.json")  # so that it is whole
+        (run / "args.part").rename(run / "args.json")  # so that the file is whole or not there
     return run
 
 
@@ -712,7 +713,7 @@ def save_final(policy, tokenizer, stops, folder):
         model.generation_config = GenerationConfig(eos_token_id=stops)  # not the old model's top-p, top-k, penalties
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+        for file in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
             file.chmod((folder / "config.json").stat().st_mode)
 
 
