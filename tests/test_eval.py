@@ -47,12 +47,6 @@ def boxed(answer):
     return f"So the answer is \\boxed{{{answer}}}."
 
 
-@pytest.fixture(scope="module")
-def grader():
-    grader = ev.Grader(workers=2)
-    return grader
-
-
 # ---- Loading ----
 
 
@@ -481,6 +475,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
             main(monkeypatch, *flags, *other)
         assert "arithmetic.jsonl has other settings: choose another --out" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"arithmetic.jsonl", "mine.jsonl"}
+    shutil.copy(tmp_path / "mine.jsonl", tmp_path / "arithmetic.jsonl")
+    with pytest.raises(SystemExit):
+        main(monkeypatch, *flags, "--benchmarks", "arithmetic,arithmetic.jsonl")
+    assert "two benchmarks would have the same file" in capsys.readouterr().err
 
 
 def test_compare(tmp_path, monkeypatch, capsys):
