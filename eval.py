@@ -125,9 +125,9 @@ def usable(rows, name):
         say(f"{name}: the prompt is made of {' and '.join(asked)}; not in it: {', '.join(unused)}")
     kept = []
     for row in rows:
-        cells = {str(column).lower(): read_cell(value) for column, value in row.items()}
-        problem = "\n".join(filter(None, map(cells.get, asked)))
-        cell = cells.get(answered[0], "")
+        cells = {str(column).lower(): value for column, value in row.items()}
+        problem = "\n".join(filter(None, [read_cell(cells.get(column)) for column in asked]))
+        cell = read_cell(cells.get(answered[0]))
         gold = cell.rpartition("####")[2].strip()  # GSM8K's "so she has 18 #### 18"
         if "\\boxed" in gold or answered == ["solution"] and gold == cell and not quantity(clean(gold)):
             gold = last_boxed(gold) or ""
@@ -283,7 +283,7 @@ def load_prompts(name, split, tokenizer, args):
         check(max(ids, default=0) < known, f"{args.model} knows {known} tokens, and its tokenizer makes more")
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     found = (f"{name}, {split}: {len(kept)} prompts of 1 to {args.max_prompt_tokens} tokens, "
-             f"{len(problems) - len(kept)} others skipped")
+             f"{len(problems) - len(kept)} skipped")
     check(kept, f"{found}: a prompt and --max_new_tokens {args.max_new_tokens} have to fit the model's context")
     say(found)
     return kept
@@ -791,9 +791,9 @@ def main():
     folder = Path(args.out or os.devnull)  # in the latter there are no files
     files = {name: folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl") for name in benchmarks}
     check(len({*files.values()}) == len(files), "two benchmarks would have the same file in --out")
-    for file in files.values():
-        same_settings = not file.exists() or settings.items() <= read_file(str(file))[0].items()
-        check(same_settings, f"{file} has other settings: choose another --out")
+    finished = {name: read_file(str(file)) for name, file in files.items() if file.exists()}
+    for name, rows in finished.items():
+        check(settings.items() <= rows[0].items(), f"{files[name]} has other settings: choose another --out")
     import torch
     import torch.distributed as dist
 
@@ -808,8 +808,8 @@ def main():
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  time-outs  pass@k")
     sampler = None
     for name, file in files.items():
-        if file.exists():
-            result = summarize(read_file(str(file)))
+        if name in finished:
+            result = summarize(finished[name])
         else:
             sampler = sampler or (vllm_sampler if vllm else hf_sampler)(args, tokenizer, device)
             how = (args.n, args.seed, args.temperature, 2048 if vllm else 256)

@@ -229,7 +229,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")  # below: means over these, of the last update
+        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")  # metrics keeps the means of the last update
         metrics = {name: total / tokens for name, total in sums.items()} | {"loss": loss, "grad_norm": norm}
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P

@@ -248,7 +248,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         dist.all_reduce(lam_grad)  # λ: the sum over all prompts; 1/P is in the weights
         policy.lam -= args.lam_lr * lam_grad  # λ: a step of SGD, apart from AdamW and the gradient clip
         optimizer.zero_grad()  # here, not before the backward pass, so that sampling can use the memory
-        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")  # below: means over these, of the last update
+        tokens, loss = max(1, sums.pop("tokens")), sums.pop("loss")  # metrics keeps the means of the last update
         metrics = {name: total / tokens for name, total in sums.items()} | {"loss": loss, "grad_norm": norm}
 
     equal = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [P]; below: sums over groups, then means over all P

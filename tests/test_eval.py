@@ -133,13 +133,14 @@ def test_names_of_the_hub(monkeypatch, capsys):
     def load_dataset(*how):
         asked.append(how)
         names = ["test"] if "aime25" in how[0] else ["train"] if "aime_2024" in how[0] else ["train", "test"]
-        return {name: datasets.Dataset.from_list([{"prompt": f"{name} {i}?", "solution": "", "reward_model": {"ground_truth": str(i)}} for i in range(5)]) for name in names}
+        rows = [{"solution": "", "reward_model": {"ground_truth": str(i)}} for i in range(5)]
+        return {name: datasets.Dataset.from_list([{"prompt": f"{name}?", **row} for row in rows]) for name in names}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [row["answer"] for row in ev.load_problems("dapo")] == [*"01234"] and "split" not in capsys.readouterr().out
     for name, split, used in (("gsm8k", "train", "train"), ("gsm8k", "test", "test"), ("aime24", "test", "train"),
                               ("aime25", "train", "test"), ("someone/something own", "test", "test")):  # fmt: skip
-        assert {row["problem"].split()[0] for row in ev.load_problems(name, split)} == {used}
+        assert {row["problem"][:-1] for row in ev.load_problems(name, split)} == {used}
         said = capsys.readouterr().out
         assert (f"{name} has no {split} split; its {used} split is used" in said) == (split != used)
     assert asked == [
@@ -326,7 +327,7 @@ def test_prompts_of_a_run(tmp_path, capsys):
     (row,) = ev.load_prompts(path, "train", tokenizer, args)
     assert tokenizer.decode(row["prompt_ids"]).startswith("<bos>Be brief.\n\nQuestion:\n1+1?")
     said = capsys.readouterr().out
-    assert "1 prompts of 1 to 90 tokens, 1 others skipped" in said
+    assert "1 prompts of 1 to 90 tokens, 1 skipped" in said
     args.model = tiny_with(tmp_path / "small", vocab_size=60)
     with pytest.raises(SystemExit):
         ev.load_prompts(path, "train", tokenizer, args)
@@ -337,6 +338,7 @@ def test_encode_prompt_of_the_tiny_model():
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     assert tokenizer.decode(ev.encode_prompt(tokenizer, "37+5+81+26?")) == "37+5+81+26?"
+    assert tokenizer.decode(ev.encode_prompt(tokenizer, "37+5?\n\n81+26?")) == "37+5?81+26?"  # it knows no blank
 
 
 # ---- Evaluation ----

@@ -284,7 +284,7 @@ def test_golds_that_nothing_can_be_compared_with(tmp_path, capsys):
     """Dropped with a notice: without a letter or digit, with open braces, or longer than a dozen words."""
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
     bad = ["???", "\\begin{foo", "\\frac{1}{", "--", "", proof]
-    good = ["5", "\\frac{1}{2}", "east", "52_8", "(3,4]", "2k\\pi"]
+    good = ["5", "\\frac{1}{2}", "east", "52_8", "(3,4]", "2k\\pi", "\u221e"]
     rows = [{"problem": "What?", "answer": gold} for gold in bad + good]
     assert [row["answer"] for row in ev.load_problems(write(tmp_path / "golds.jsonl", rows))] == good
     assert f"{len(bad)} of {len(rows)} rows dropped" in capsys.readouterr().out
@@ -362,6 +362,16 @@ def test_duplicates_are_graded_once(capfd):
     assert verdicts == [False] * 20 + [True] * 20
     assert grader.timeouts == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_deadline_is_of_computing():
+    """A worker that has to wait for a busy machine is not stopped; one that computes for as long is."""
+    grader = ev.Grader(workers=1, deadline=0.5)
+    for busy, why in (("time.sleep(1.5)", "math-verify"), ("[x for x in iter(int, 1)]", "time-out")):
+        code = "import sys, time; sys.path.insert(0, {!r}); import eval as ev\n" \
+               "ev.same = lambda *pair: pair == ('x', 'x') or {} is None\nev.work(0.5)".format(str(ROOT), busy)
+        grader.command = [sys.executable, "-c", code]
+        assert grader.judge_all([(boxed("x+1"), "1+x")])[0]["why"] == why
 
 
 def test_a_worker_that_is_killed_costs_one_question():

@@ -162,7 +162,10 @@ def test_flowrl_is_eq_6(paper, alone, float64, drift, bound, budget, monkeypatch
         losses.append(loss.item())
         wanted.append(gradient_of(loss, leaves, mask))
         slopes.append(log_z.grad)
-    args = arguments(script, budget, updates_per_batch=2, clip_low=bound, clip_high=bound)
+    args = arguments(script, budget, updates_per_batch=1, clip_low=bound, clip_high=bound)
+    found, _ = step(script, args, new, old, monkeypatch, reference=ref, policy=Flow(old.flatten(0, 1).clone()))
+    assert found["loss"] == pytest.approx(losses[0], rel=1e-9)  # the metrics are those of the last update
+    args.updates_per_batch = 2
     given, found_slopes = policy.log_z, []
     given.register_post_accumulate_grad_hook(lambda parameter: None)
     monkeypatch.setattr(Mover, "zero_grad", lambda self: (found_slopes.append(given.grad.clone()), policy.zero_grad()))
@@ -231,8 +234,11 @@ def test_astar_po_is_the_regression(paper, alone, float64, budget, monkeypatch):
                 loss = loss + (beta * shift - (reward - value)) ** 2 / len(group) / len(LENGTHS)
         losses.append(loss.item())
         wanted.append(gradient_of(loss, leaves, mask))
-    args = arguments(script, budget, updates_per_batch=2, beta=beta)
-    found, gradients = step(script, args, new, old, monkeypatch, reference=ref, values=torch.tensor(values)[:, None])
+    args, given = arguments(script, budget, updates_per_batch=1, beta=beta), {"values": torch.tensor(values)[:, None]}
+    found, _ = step(script, args, new, old, monkeypatch, reference=ref, **given)
+    assert found["loss"] == pytest.approx(losses[0], rel=1e-9)  # the metrics are those of the last update
+    args.updates_per_batch = 2
+    found, gradients = step(script, args, new, old, monkeypatch, reference=ref, **given)
     assert found["loss"] == pytest.approx(losses[-1], rel=1e-9)
     for gradient, expected in zip(gradients, wanted):
         torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-13)

@@ -356,31 +356,32 @@ class Mover:
 @pytest.mark.parametrize("bounds", ["paper", "others"])
 @pytest.mark.parametrize("name", [name for name in PAPERS if name not in OWN_STEP])
 def test_step_is_the_papers(paper, alone, float64, name, bounds, budget, monkeypatch):
-    """A whole training step of two updates, on-policy and off: the last loss, and the gradient of every token's log π."""
+    """A whole training step of two updates, on-policy and off: the losses, and the gradient of every token's log π."""
     script, (group_objective, flags, others) = paper(name), OBJECTIVES[name]
     args = script.Args(prompts_per_step=len(LENGTHS), updates_per_batch=2, micro_batch_tokens=budget, **flags)
     if bounds == "others":
         args.clip_low, args.clip_high = others
     new, old, _, mask = batch(LENGTHS, seed=0, drift=0.5)
-    expected, wanted = 0, []
+    losses, wanted = [], []
     for logp in (old, new):
         leaves, low, high = ragged(logp, LENGTHS, grad=True), 1 - args.clip_low, 1 + args.clip_high
         groups = zip(leaves, ragged(old, LENGTHS), REWARDS)
         loss = -sum(group_objective(*group, low, high) for group in groups) / len(LENGTHS)
         loss.backward()
-        expected = loss.item()  # the metrics are of the last update
+        losses.append(loss.item())
         wanted.append(torch.zeros(mask.shape))
         for (p, g, t) in mask.nonzero().tolist():
             wanted[-1][p, g, t] = 0.0 if leaves[p][g][t].grad is None else leaves[p][g][t].grad
 
     completions = [script.Completion([g, *[0] * (length - 1)], "stop", old[p, g, :length].tolist())
                    for p, group in enumerate(LENGTHS) for g, length in enumerate(group)]
-    policy = Table(old.flatten(0, 1).clone())
-    mover = Mover(policy, new.flatten(0, 1))
     norm = types.SimpleNamespace(full_tensor=lambda: torch.ones(()))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: norm)  # the real one is of sharded parameters
-    found, _ = script.train_step(policy, None, mover, args, [[p] for p in range(len(LENGTHS))], completions, torch.tensor(REWARDS))
-    assert found["loss"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    for args.updates_per_batch, expected in enumerate(losses, start=1):  # the metrics are those of the last update
+        policy = Table(old.flatten(0, 1).clone())
+        mover = Mover(policy, new.flatten(0, 1))
+        found, _ = script.train_step(policy, None, mover, args, [[p] for p in range(len(LENGTHS))], completions, torch.tensor(REWARDS))
+        assert found["loss"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
     for gradient, expected in zip(mover.gradients, wanted):
         torch.testing.assert_close(gradient.view(mask.shape), expected, rtol=1e-8, atol=1e-13)
         assert gradient.max() > 1e-4 and gradient.min() < -1e-4  # both signs of A

@@ -101,7 +101,7 @@ def bad_inputs(tmp_path, script):
         "folder without weights": (["--model", str(tmp_path / "no_weights")], "a part is missing"),
         "a file for a model": (["--model", data("model.gguf", "GGUF")], "model.gguf"),
         "a context too short": (["--max_new_tokens", "250"], "0 prompts of 1 to 6 tokens"),
-        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "0 prompts of 1 to 208 tokens, 1 others skipped"),
+        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "0 prompts of 1 to 208 tokens, 1 skipped"),
         "a solution without a box": (["--dataset", data("solution.jsonl", '{"problem": "1+1?", "solution": "It is two."}\n')], "box"),
         "missing data": (["--dataset", str(tmp_path / "none.jsonl")], "none.jsonl"),
         "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
@@ -398,6 +398,7 @@ def test_flags_of_a_resumed_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("wrong, rewards", [
     ("None", lambda texts: [None] * len(texts)), ("NaN", lambda texts: [math.nan] * len(texts)),
     ("too few", lambda texts: [1.0]), ("infinite", lambda texts: [math.inf] * len(texts)),
+    ("too many", lambda texts: [1.0, math.nan] * len(texts)),
 ])
 def test_rewards_are_checked(tmp_path, monkeypatch, capsys, wrong, rewards):
     grpo = importlib.import_module("grpo")
