@@ -132,20 +132,22 @@ def test_names_of_the_hub(monkeypatch, capsys):
 
     def load_dataset(*how):
         asked.append(how)
-        names = ["test"] if "aime25" in how[0] else ["train"] if "aime_2024" in how[0] else ["train", "test"]
+        known = {"math-ai/aime25": "test", "HuggingFaceH4/aime_2024": "train", "an/other": "train validation", "one/more": "dev test"}
+        names = known.get(how[0], "train test").split()
         rows = [{"solution": "", "reward_model": {"ground_truth": str(i)}} for i in range(5)]
         return {name: datasets.Dataset.from_list([{"prompt": f"{name}?", **row} for row in rows]) for name in names}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [row["answer"] for row in ev.load_problems("dapo")] == [*"01234"] and "split" not in capsys.readouterr().out
     for name, split, used in (("gsm8k", "train", "train"), ("gsm8k", "test", "test"), ("aime24", "test", "train"),
-                              ("aime25", "train", "test"), ("someone/something own", "test", "test")):  # fmt: skip
+                              ("aime25", "train", "test"), ("someone/something own", "test", "test"),
+                              ("an/other", "test", "validation"), ("one/more", "train", "dev")):  # fmt: skip
         assert {row["problem"][:-1] for row in ev.load_problems(name, split)} == {used}
         said = capsys.readouterr().out
         assert (f"{name} has no {split} split; its {used} split is used" in said) == (split != used)
     assert asked == [
         ("open-r1/DAPO-Math-17k-Processed", "en"), *[("openai/gsm8k", "main")] * 2, ("HuggingFaceH4/aime_2024",),
-        ("math-ai/aime25",), ("someone/something", "own")]  # fmt: skip
+        ("math-ai/aime25",), ("someone/something", "own"), ("an/other",), ("one/more",)]  # fmt: skip
 
 
 def refused(capsys, *arguments):
