@@ -54,7 +54,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # fail ends the program with one line of error, and so does check unless its condition holds; say prints on rank 0
-from eval import Grader, check, evaluate, fail, load_prompts, load_tokenizer, say, stop_tokens
+from eval import check, evaluate, fail, grade, load_prompts, load_tokenizer, say, stop_tokens
 
 SCRIPT = Path(__file__).stem
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # torchrun sets all; one alone means nothing
@@ -99,16 +99,16 @@ class Args:
     eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
     save_every: int = flag(20, "steps between checkpoints; 0: only at the end")
     seed: int = flag(0, "decides prompts and samples")
-    timeout_minutes: float = flag(60.0, "how long ranks wait for each other")
     output_dir: str = flag(None, "folder of the run; without it, a new one in runs/")
     resume: str = flag(None, "folder of a run to continue")
 
 
 # 1. Reward ------------------------------------------------------------------------------------------------------------
 
-def rewards_of(texts, problems, grader):
+def rewards_of(texts, problems):
     """1 for a right answer, boxed or after "answer is", else 0. Put yours here: texts, their dataset rows -> floats."""
-    return [float(right) for right in grader.grade_all([(text, row["answer"]) for text, row in zip(texts, problems)])]
+    verdicts = grade([(text, row["answer"]) for text, row in zip(texts, problems)])
+    return [float(verdict["correct"]) for verdict in verdicts]
 
 
 # 2. Advantage, weights, loss ------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def main():
     order = [i for epoch in epochs for i in np.random.default_rng((args.seed, epoch)).permutation(len(data))]
 
     # Phase 2: policy, optimizer, sampler. A single process is a process group of one, and runs the same code
-    device = join_ranks(args.timeout_minutes)
+    device = join_ranks()
     policy = load_policy(args, device)
     reference = load_policy(args, device, trainable=False) if args.beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -321,14 +321,16 @@ def main():
         bar.set_postfix_str(name)
         starts[name] = time.perf_counter()
 
-    grader = Grader()
+    def accuracy():
+        value = evaluate(sampler, tokenizer, eval_problems)["accuracy"]
+        say(f"accuracy on {args.eval_dataset}: {value:.3f} ({len(eval_problems)} problems, greedy)")
+        return value
+
     if eval_problems and not done:
-        accuracy = evaluate(sampler, tokenizer, eval_problems)["accuracy"]
-        say(f"accuracy before training: {accuracy:.3f} ({len(eval_problems)} problems, greedy)")
+        accuracy()
     say(" ".join(f"{column:>6}" for column in COLUMNS))
     for step in bar:
         phase("sampling")
-        timeouts = grader.timeouts
         first = (step - 1) * args.prompts_per_step + RANK * share  # place of this rank's first prompt in the order
         rows = [data[i] for i in order[first : first + share]]
         prompts, seed = [row["prompt_ids"] for row in rows], args.seed * 1_000_000_007 + first
@@ -337,27 +339,25 @@ def main():
         phase("grading")
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         problems = [row for row in rows for _ in range(args.group_size)]
-        rewards = np.array(rewards_of(texts, problems, grader), float)  # None becomes NaN
+        rewards = np.array(rewards_of(texts, problems), float)  # None becomes NaN
         if rewards.shape != (len(texts),) or not np.isfinite(rewards).all():
             fail("rewards_of must return one finite number per completion", 1)
         rewards = torch.tensor(rewards, device=device).float().view(share, -1)  # [P, G]
         phase("training")
         optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
         metrics, advantages = train_step(policy, reference, optimizer, args, prompts, completions, rewards)
-        free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)  # of the whole GPU, vLLM included
         phase("syncing")
         sampler.load(full_weights(policy, sampler.dtype))
         phase("logging")
-        counts = sum_over_ranks({"timeouts": grader.timeouts - timeouts, "terminated": len(terminated)}, device)
-        metrics |= {"step": step, "lr": lr, "grader_timeouts": int(counts["timeouts"]),
-                    "memory_gb": (total - free) / 1e9}
+        ending = sum_over_ranks({"terminated": len(terminated)}, device)["terminated"]
+        metrics |= {"step": step, "lr": lr}
         due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
-        if eval_problems and due and not counts["terminated"]:
-            metrics["eval_accuracy"] = evaluate(sampler, tokenizer, eval_problems)["accuracy"]
+        if eval_problems and due and not ending:
+            metrics["eval_accuracy"] = accuracy()
         log_step(run, args, metrics, starts, tokenizer, rows[0], completions, rewards[0], advantages[0])
-        if step == args.steps or counts["terminated"] or (args.save_every and step % args.save_every == 0):
+        if step == args.steps or ending or (args.save_every and step % args.save_every == 0):
             save_checkpoint(policy, optimizer, run, step)
-        if counts["terminated"] and step < args.steps:
+        if ending and step < args.steps:
             say(f"SIGTERM: saved after step {step}; continue with --resume {run}")
             return
 
@@ -545,35 +545,32 @@ def micro_batches(lengths, teaches, budget, device):
     """Sort the rows that teach by length; cut them into micro-batches [row, ...] of `budget` tokens, padding included.
 
     Padding may take a sixteenth of the budget. FSDP needs equally many micro-batches on every rank. So all ranks keep
-    equally many rows (short ones without a gradient fill up), and a rank with too few micro-batches splits its largest.
+    equally many rows (short ones without a gradient fill up), and cut them in the same places: those of the longest rows.
     """
     count = torch.tensor(max(1, sum(teaches)), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
     rows = sorted(range(len(lengths)), key=lambda row: (not teaches[row], lengths[row]))[:count]
-    plan = [[]]
-    for row in sorted(rows, key=lengths.__getitem__):
-        padding = sum(lengths[row] - lengths[other] for other in plan[-1])  # with this row
-        if plan[-1] and ((len(plan[-1]) + 1) * lengths[row] > budget or padding > budget // 16):
+    rows.sort(key=lengths.__getitem__)
+    longest = torch.tensor([lengths[row] for row in rows], device=device)  # the longest k-th row of all ranks, for each k
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    plan, widths = [], []  # widths: the longest rows of the last micro-batch
+    for row, width in zip(rows, longest.tolist()):
+        widths.append(width)
+        size = len(widths) * width  # of the last micro-batch, with this row and padding
+        if not plan or size > budget or size - sum(widths) > budget // 16:
             plan.append([])
+            widths = [width]
         plan[-1].append(row)
-    count = torch.tensor(len(plan), device=device)
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    while len(plan) < count:
-        plan.sort(key=len)
-        rows = plan.pop()
-        plan += [rows[::2], rows[1::2]]
     return plan
 
 
-def join_ranks(timeout_minutes):
+def join_ranks():
     """Join torchrun's process group, or make one of this process alone. Returns this rank's device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if LAUNCHED else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+    dist.init_process_group(timeout=timedelta(hours=1), **alone)  # ranks wait for each other as long
     return device
 
 
@@ -595,7 +592,7 @@ COLUMNS.append("trace_weight")  # λ:
 
 
 def parse_args():
-    """Checked flags: the user's come first, then the resumed run's (or, without --model, TOY), then the defaults."""
+    """Checked flags: the user's come first, then TOY (without --model) or a resumed run's, then the defaults."""
     parser = HfArgumentParser(Args, description=f"{__doc__.splitlines()[0]} Without --model: {TOY}", allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args()
@@ -608,25 +605,16 @@ def parse_args():
     parser.set_defaults(**saved)
     args = Args(**vars(parser.parse_args()))
     if given.resume:
-        changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume"}
-        fixed = "model seed dataset prompts_per_step group_size system_prompt max_prompt_tokens output_dir"
-        past = changed & {*fixed.split()}
-        check(not past, f"--resume: {', '.join(past)} cannot change within a run")
-        say(f"changed from now on: {', '.join(changed) or 'nothing'}")
+        changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume", "steps"}
+        check(not changed, f"--resume keeps all flags but --steps: leave out --{' --'.join(changed)}, or edit args.json")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "min_advantage":  # λ:
             check(0 <= value < 2**32, f"--{name} must be from 0 to 2**32, not {value}")
-    for name in ("steps", "prompts_per_step", "updates_per_batch", "max_new_tokens", "temperature", "max_grad_norm",
-                 "timeout_minutes", "gpu_memory_utilization"):
-        check(getattr(args, name) > 0, f"--{name} must be above 0")
     check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions")
     check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
-    check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs its package: see requirements.txt")
     check(args.gamma <= 1 and args.lam <= 1, "--gamma and --lam must be in [0, 1]")  # λ:
     check(args.min_advantage <= 0, "--min_advantage must be 0 or below; --min_advantage=-inf does not clamp")  # λ:
-    taken = not args.resume and args.output_dir and Path(args.output_dir, "checkpoints").exists()
-    check(not taken, f"--output_dir {args.output_dir} holds a run: choose another, remove it, or --resume it")
     return args
 
 
@@ -637,8 +625,6 @@ def open_run(args, done):
     run = Path(name[0])
     if RANK == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=done > 0)  # a second new run in the same folder fails here
-        for part in (run / "checkpoints").glob("*.part"):  # left by a run that was killed while saving
-            shutil.rmtree(part)
         for path in (run / "metrics.jsonl", run / "samples.jsonl"):
             with open(path, "ab+") as file:
                 file.seek(0)
@@ -652,18 +638,14 @@ def log_step(run, args, metrics, starts, tokenizer, problem, completions, reward
     """Print a step's row of the table; append its metrics, and its first group, to the files of the run."""
     times = list(starts.values())  # when each phase began
     metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
-    metrics["tokens_per_second"] = metrics["length"] * args.prompts_per_step * args.group_size / (times[-1] - times[0])
     say(" ".join(f"{metrics[name]:{max(6, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
     if metrics["step"] == 1 and metrics["zero_variance"] == 1:
         say("every group has equal rewards, which teaches nothing: is it too hard or too easy? See samples.jsonl")
-    if "eval_accuracy" in metrics:
-        say(f"accuracy on {args.eval_dataset}: {metrics['eval_accuracy']:.3f} (greedy)")
     if RANK == 0:
         group = [completion.ids for completion in completions[: args.group_size]]
         sample = {
             "step": metrics["step"], "problem": problem["problem"], "answer": problem["answer"], "ids": group,
             "completions": tokenizer.batch_decode(group, skip_special_tokens=True),
-            "pieces": [tokenizer.batch_decode([[token] for token in ids]) for ids in group],
             "rewards": rewards.tolist(), "advantages": advantages.tolist(),
         }
         for name, row in (("metrics.jsonl", metrics), ("samples.jsonl", sample)):
@@ -673,7 +655,7 @@ def log_step(run, args, metrics, starts, tokenizer, problem, completions, reward
 
 def checkpoints(run):
     """The whole checkpoints in a run's folder, oldest first."""
-    return sorted(Path(run, "checkpoints").glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
+    return sorted(Path(run, "checkpoints").glob("step_*[0-9]"))
 
 
 def weights_once(module):
@@ -683,7 +665,7 @@ def weights_once(module):
 
 def save_checkpoint(policy, optimizer, run, step):
     """Write checkpoints/step_N: aside, then renamed, so that a folder of that name is whole. The last two are kept."""
-    aside = run / "checkpoints" / f"step_{step}.part"
+    aside = run / "checkpoints" / f"step_{step:06}.part"
     state = {"model": weights_once(policy), "optimizer": states.get_optimizer_state_dict(policy, optimizer)}
     dcp.save(state, checkpoint_id=aside)  # every rank its shards
     if RANK == 0:
@@ -718,7 +700,6 @@ def save_final(policy, tokenizer, stops, folder):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted: --resume continues from the last checkpoint", 130))
     try:
         main()
     except BaseException as error:
@@ -727,5 +708,3 @@ if __name__ == "__main__":
                 sys.excepthook(*sys.exc_info())
             os._exit(error.code if isinstance(error, SystemExit) else 1)
         raise
-    if "vllm" not in sys.modules:  # vLLM does it itself
-        dist.destroy_process_group()
