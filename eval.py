@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=8 -- eval.py --model Qwen/Qwen2.5-7B --benchmarks aime24 --n 8
     python eval.py --compare runs/base runs/trained    the difference of two finished evaluations
 
-torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name (arithmetic, gsm8k,
-math, dapo, aime24, math500), a hub id "owner/name" (or "owner/name configuration"), or a .jsonl or
-.parquet file with one problem and its answer per row. With --n 1 decoding is greedy; more completions
-are sampled with --temperature and --top_p. On a GPU vLLM samples, if it is installed. The table has one
-row per benchmark:
+torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name (arithmetic,
+gsm8k, math, dapo, aime24, math500), a hub id "owner/name" (or "owner/name configuration"), or a
+.jsonl or .parquet file with one problem and its answer per row. With --n 1 decoding is greedy;
+otherwise completions are sampled with --temperature and --top_p, on a GPU by vLLM if it is
+installed. The table has one row per benchmark:
 
     avg@n      accuracy: the share of right completions per problem, averaged over problems,
                ± its standard error over problems
@@ -21,8 +21,8 @@ row per benchmark:
 
 --out keeps OUT/<benchmark>.jsonl with one row per completion (`why` says how it was decided: by its
 text, or by math-verify as right, wrong, time-out or crash). After an interruption the same command
-skips the benchmarks that are finished. --compare prints the difference in accuracy per benchmark, paired
-problem by problem, with a 95% interval.
+skips the benchmarks that are finished. --compare prints the difference in accuracy per benchmark,
+paired problem by problem, with a 95% interval.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def load_problems(name, split="train"):
     """
     if name == "arithmetic":
         return arithmetic(split)
-    is_file = os.path.isfile(name) or name.endswith((".jsonl", ".parquet"))
+    is_file = name not in HUB and (os.path.exists(name) or name.endswith((".jsonl", ".parquet")))
     return usable(read_file(name) if is_file else read_hub(name, split), name)
 
 
@@ -114,7 +114,7 @@ def usable(rows, name):
                               f"{', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
     unused = [column for column in columns if column not in (*asked, *answered)]
     if unused:
-        say(f"{name}: the prompt is made of {' and '.join(asked)}; not in it: {', '.join(unused)}")
+        say(f"{name}: columns that are not in the prompt: {', '.join(unused)}")
     kept = []
     for row in rows:
         cells = {str(column).lower(): value for column, value in row.items()}
@@ -153,7 +153,7 @@ def read_cell(value):
 def read_file(path):
     """Rows of a .parquet file, of JSON lines or of a JSON array, as dicts."""
     try:
-        if path.endswith(".parquet"):
+        if str(path).endswith(".parquet"):
             from pyarrow import parquet
 
             return parquet.read_table(path).to_pylist()
@@ -274,7 +274,10 @@ def load_prompts(name, split, tokenizer, args):
 
 # ---- Grading ----
 
-SIGNS = str.maketrans({"×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ", "≈": r"\approx ", "°": r"\text{degrees}"})
+SIGNS = str.maketrans({
+    "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "≈": r"\approx ",
+    "°": r"\text{degrees}",
+})
 LAYOUT = (  # (pattern, replacement), one after the other: then what means the same is written the same
     ("[−–]", "-"),
     (r"\\\\", "\0"),  # the end of a matrix's row
@@ -282,27 +285,28 @@ LAYOUT = (  # (pattern, replacement), one after the other: then what means the s
     (r"\.$", ""),
     (r"\\(left|right|displaystyle|mathbf|boldsymbol)(?![a-z])", ""),
     (r"(\\[,;: ]|\\quad|[~\s])+", " "),
-    (r"\\(mathrm|mbox|text[a-z]*) ?\{ ?", r"\\text{"),
-    (r" \}", "}"),
-    (r"\^ ?(\\circ|\{ ?\\circ\})", r"\\text{degrees}"),
+    (r"(?<![\w.}^])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}"),  # 1/2
+    (r"(?<![\w})\],]) | (?!\w)", ""),  # "x = 5" is "x=5", but "5 cm" stays
+    (r"\\(mathrm|mbox|text[a-z]*)\{", r"\\text{"),
+    (r"\^(\\circ|\{\\circ\})", r"\\text{degrees}"),
     (r"\\?%", r"\\text{percent}"),
-    (r"\\text\{(and|or)\}| (and|or) |\{,\}", ","),
-    (r",( ?,)+", ","),
+    (r",?\\text\{(and|or)\} ?|,? (and|or) |\{,\}", ","),
     (r"\\[cdt]frac", r"\\frac"),
     (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # \frac12
-    (r"(?<![\w.}^])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}"),  # 1/2
-    (r"\\text\{([^a-zA-Z{}]*|[ei])\}", r"\1"),  # e from \mathrm{e}
+    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+    (r"\\text\{([^a-zA-Z{}]*|\d[^{}]*|[ei])\}", r"\1"),  # e from \mathrm{e}
     (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$|^\(([^(),]*)\)$", r"\1\2"),  # {5} and (5)
+    (r"^(-?)10\^", r"\g<1>1\\times 10^"),
     ("\0", r"\\\\"),
 )
 UNITS = ("m km cm mm g kg s h hr min in ft foot feet mi l lb ml mg mph N J W V K C percent cent day people square "
          "cubic per of a each").split()  # and all plurals
 NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs dozens hundreds thousands "
                  "illions".split())  # endings
-NUMBER = re.compile(r"""
-    ([-+]?)\s?(?:(\d*)\s?\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|(\d+\.?\d*|\.\d+))  # 1\frac{1}{2} or 12.5
-    (?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?(-?\d{1,4})\}?)?               # \times 10^{-3}
-    """, re.X)
+NUMBER = re.compile(
+    r"([-+]?)(?:(\d*)\\frac\{(-?\d+)\}\{(\d+)\}|(\d+\.?\d*|\.\d+))"  # 1\frac{1}{2} or 12.5
+    r"(?:(?:\\times|\\cdot|\*) ?10\^\{?(-?\d{1,4})\}?)?"  # \times 10^{-3}
+)
 
 
 def last_boxed(text):
@@ -332,9 +336,10 @@ def clean(text):
     text = text.translate(SIGNS).strip()
     for pattern, replacement in LAYOUT:
         text = re.sub(pattern, replacement, text).strip()
+    text = (stated(text) or text).lstrip("}").strip()
     if re.match(r"[^\d,(\[{]*\d{1,3}([, ]\d{3})+(?![\d,])", text):
         text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)  # 1,234
-    return (stated(text) or text).lstrip("}").strip()
+    return text
 
 
 def measured(text):
@@ -342,8 +347,8 @@ def measured(text):
 
     Single letters are factors, and other words change the value: "5 x" and "5 squared" have no unit and stay whole.
     """
-    value, rest = re.fullmatch(r"(.*?) ?(\\text.*| [a-z][a-z/].*|)", text, re.I).groups()
-    words = re.findall(r"\^-?\d|\w+|\S", re.sub(r"\\text|[{}.]", "", rest).replace("/", " per "))
+    value, rest = re.fullmatch(r"(.*?)(\\text.*| [a-z][a-z/][^\\]*|)", text, re.I).groups()
+    words = re.findall(r"\^-?\d|\w+|\S", re.sub(r"[{}.]", "", rest.replace(r"\text", " ").replace("/", " per ")))
     for place, word in enumerate(words):
         plural = word.isalpha() and len(word) > 3 and word.endswith("s") and not word.lower().endswith(NO_UNITS)
         if not (plural or word in UNITS or word[0] == "^" and place):
@@ -373,7 +378,7 @@ def same_quantity(gold, answer):
 def sides(text):
     """The values of an equation, without a name on its left: "x = 3+4 = 7" -> ["3+4", "7"], "7" -> ["7"]."""
     first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
-    name = r"(?!\\not)(\\text\{[\w ]+\}|\\?[a-z]+)(_\{?\w+\}?)?'?(\([-\w, ]*\))?"  # x_1, f(n), Area
+    name = r"(?!\\not)(\\text\{[\w ]+\}|\\?[a-z]+)(_\{?\w+\}?)?'?(\([-\w,]*\))?"  # x_1, f(n), Area
     name += r"|\([a-z\\]+, ?[a-z\\, ]+\)"  # (x, y)
     return rest if rest and re.fullmatch(name, first, re.I) else [first, *rest]
 
@@ -707,10 +712,12 @@ def parse_args():
 
 def compare(first, second):
     """Print the difference in accuracy, second minus first, on each benchmark of the first folder."""
-    for file in sorted(Path(first).glob("*.jsonl")):
-        rows = [read_file(str(file)), read_file(str(Path(second, file.name)))]
+    files = sorted(Path(first).glob("*.jsonl"))
+    check(files, f"--compare: {first} has no finished benchmark")
+    for file in files:
+        rows = [read_file(file), read_file(Path(second, file.name))]
         problems = [list(dict.fromkeys(row["problem"] for row in part)) for part in rows]
-        check(problems[0] == problems[1], f"{file.name} has other problems, or in another order, in {second}")
+        check(problems[0] == problems[1], f"{file.name} has other problems in {second}")
         before, after = map(summarize, rows)
         deltas = [b - a for a, b in zip(before["means"], after["means"])]
         half = 1.96 * statistics.stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else math.nan
@@ -743,7 +750,7 @@ def main():
     for name, problems in benchmarks.items():
         file = folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
         if file.exists():
-            records = read_file(str(file))
+            records = read_file(file)
             check(settings.items() <= records[0].items(), f"{file} has other settings: choose another --out")
             result = summarize(records)
         else:

@@ -255,7 +255,7 @@ def train_step(policy, reference, optimizer, args, prompts, completions, rewards
         sums = sum_over_ranks(sums, device)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(sums["loss"] + norm):
-            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}; use an earlier checkpoint", 1)
+            fail(f"stopped before the update: loss {sums['loss']}, gradient norm {norm}", 1)
         if sums["logp_diff"] > 0.5 * sums["tokens"]:
             fail("stopped before the update: mean |Δ log p| of sampler and trainer over 0.5: stale or wrong weights", 1)
         optimizer.step()
@@ -346,7 +346,7 @@ def main():
             return
 
     save_final(policy, tokenizer, sampler.stops, run / "final")
-    say(f"the model is in {run / 'final'}, metrics.jsonl and samples.jsonl are beside it")
+    say(f"the trained model is in {run / 'final'}")
 
 
 # ===== From here on: machinery, the same for every method =============================================================
@@ -582,7 +582,7 @@ def parse_args():
     given = parser.parse_args()
     saved = {} if given.model else TOY
     if given.resume:
-        check(checkpoints(given.resume), f"--resume {given.resume}: there is no checkpoint, so start a new run")
+        check(checkpoints(given.resume), f"--resume {given.resume}: there is no checkpoint")
         saved = json.loads(Path(given.resume, "args.json").read_text())
         same = set(saved) == {"script", *vars(given)} and saved.pop("script") == SCRIPT
         check(same, "--resume: a run of another script or version")
@@ -622,7 +622,7 @@ def log_step(run, args, metrics, starts, tokenizer, problem, completions, reward
     metrics |= {f"seconds_{name}": end - start for name, start, end in zip(starts, times, times[1:])}
     say(" ".join(f"{metrics[name]:{max(6, len(name))}{'' if name == 'step' else '.3g'}}" for name in COLUMNS))
     if metrics["step"] == 1 and metrics["zero_variance"] == 1:
-        say("every group has equal rewards, which teaches nothing: is it too hard or too easy? See samples.jsonl")
+        say("every group has equal rewards, which teaches nothing: see samples.jsonl")
     if RANK == 0:
         group = [completion.ids for completion in completions[: args.group_size]]
         sample = {

@@ -86,14 +86,13 @@ def test_columns_and_cleaning(tmp_path, capsys):
         {"question": "k?", "answer": ""},
         {"question": "l?", "answer": None},
         {"question": "m?"},
-        {"question": "n\ud800?", "answer": "5"},
+        {"question": "n?", "answer": "5"},
     ]
     problems = ev.load_problems(write(tmp_path / "rows.jsonl", rows))
     assert [row["answer"] for row in problems] == [
         "18", "1,080", "$\\frac{1}{2}$", "$2$, $3$.", "$4.5e33$", "7", "0.5", "8\\,178.", "12", "5"]  # fmt: skip
     assert [ev.clean(row["answer"]) for row in problems[:8]] == [
-        "18", "1080", "\\frac{1}{2}", "2, 3", "4.5 \\times 10^{33}", "7", "0.5", "8178"]  # fmt: skip
-    assert problems[-1]["problem"] == "n??"
+        "18", "1080", "\\frac{1}{2}", "2, 3", "4.5e33", "7", "0.5", "8178"]  # fmt: skip
     assert "4 of 14 rows dropped" in capsys.readouterr().out
 
 
@@ -140,7 +139,7 @@ def test_names_of_the_hub(monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [row["answer"] for row in ev.load_problems("dapo")] == [*"01234"] and "split" not in capsys.readouterr().out
     for name, split, used in (("gsm8k", "train", "train"), ("gsm8k", "test", "test"), ("aime24", "test", "train"),
-                              ("aime25", "train", "test"), ("someone/something own", "test", "test"),
+                              ("math-ai/aime25", "train", "test"), ("someone/something own", "test", "test"),
                               ("an/other", "test", "validation"), ("one/more", "train", "dev")):  # fmt: skip
         assert {row["problem"][:-1] for row in ev.load_problems(name, split)} == {used}
         said = capsys.readouterr().out
@@ -167,7 +166,7 @@ def test_bad_data(tmp_path, capsys):
     (tmp_path / "latin.jsonl").write_bytes(good.encode() + '{"problem": "Größe?", "answer": "2"}\n'.encode("latin-1"))
     assert "can't decode byte" in refused(capsys, str(tmp_path / "latin.jsonl"))
     (tmp_path / "numbers.jsonl").write_text(good + "7\n")
-    assert "JSON lines or a JSON array, of objects" in refused(capsys, str(tmp_path / "numbers.jsonl"))
+    assert "JSON lines or a JSON array of objects" in refused(capsys, str(tmp_path / "numbers.jsonl"))
     (tmp_path / "deep.jsonl").write_text(good + "[" * 100_000)
     assert "recursion" in refused(capsys, str(tmp_path / "deep.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
@@ -182,22 +181,21 @@ def test_bad_data(tmp_path, capsys):
     assert "No such file" in refused(capsys, str(tmp_path / "nothing.jsonl"))
     assert "directory" in refused(capsys, str(tmp_path))
 
-    line = refused(capsys, "nosuch")
-    assert "unknown data set 'nosuch'" in line and "aime24" in line and "arithmetic" in line and ".jsonl" in line
+    assert "cannot load the data set nosuch" in refused(capsys, "nosuch")
 
 
 def test_hub_out_of_reach():
-    """One line on stderr that says what to do."""
+    """One line on stderr."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval; eval.load_problems('math-ai/aime25')"
     environment = CLEAN_ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "HF_HOME" in done.stderr and ".jsonl" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "cannot load the data set math-ai/aime25" in done.stderr, done.stderr
 
 
 def test_solutions_and_proofs(tmp_path, capsys):
-    """In a column `solution` a number is an answer, a text needs a box; a proof is none, and a long formula is."""
-    rows = [("1+1?", "2"), ("2+2?", "We find 4."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8"), ("x?", "so #### x+1")]
+    """A column `solution` needs a box or ####; a proof is no answer, and a long formula is."""
+    rows = [("1+1?", "2 \\boxed{2}"), ("2+2?", "We find 4."), ("3+3?", "It is \\boxed{6}."), ("4+4?", "so 8 #### 8"), ("x?", "so #### x+1")]
     path = tmp_path / "solution.jsonl"
     path.write_text("".join(json.dumps({"problem": problem, "solution": text}) + "\n" for problem, text in rows))
     assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8", "x+1"]
@@ -329,7 +327,7 @@ def test_prompts_of_a_run(tmp_path, capsys):
     (row,) = ev.load_prompts(path, "train", tokenizer, args)
     assert tokenizer.decode(row["prompt_ids"]).startswith("<bos>Be brief.\n\nQuestion:\n1+1?")
     said = capsys.readouterr().out
-    assert "1 prompts of 1 to 90 tokens, 1 skipped" in said
+    assert "1 of 2 prompts have 1 to 90 tokens" in said
     args.model = tiny_with(tmp_path / "small", vocab_size=60)
     with pytest.raises(SystemExit):
         ev.load_prompts(path, "train", tokenizer, args)
@@ -391,7 +389,7 @@ def test_evaluate_against_brute_force(n, count):
         assert value == pytest.approx(statistics.fmean(statistics.fmean(subset) for subset in subsets))
     no_box = sum(c < n for c in right) / n / count
     assert result["no_box"] == pytest.approx(no_box) == result["truncated"]
-    assert (result["problems"], result["n"], result["grader_timeouts"]) == (count, n, 0)
+    assert (result["problems"], result["n"]) == (count, n)
     records = result["records"]
     assert [record["index"] for record in records] == [i for i in range(count) for _ in range(n)]
     assert [sum(record["correct"] for record in records[i * n:i * n + n]) for i in range(count)] == right
@@ -453,7 +451,6 @@ def read_rows(path):
 def test_command_line(tmp_path, monkeypatch, capsys):
     """A benchmark and a file, sampled: the table and the rows. Then each is read again, and only the same is."""
     write(tmp_path / "mine.jsonl", [{"question": "1+2+3+4?", "answer": "10", **OWN}])
-    shutil.copy(tmp_path / "mine.jsonl", tmp_path / "other.jsonl")
     monkeypatch.chdir(tmp_path)
     flags = ("--model", TINY, "--limit", 16, "--n", 4, "--seed", 5, "--max_new_tokens", 64, "--out", "out")
     done = run(*flags[:-1], tmp_path / "out")
@@ -462,7 +459,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert done.stderr == ""  # no progress bar where it would fill a file
     table = next(line for line in done.stdout.splitlines() if re.match(r"arithmetic +16 ", line))
     rows = read_rows(tmp_path / "out" / "arithmetic.jsonl")
-    assert len(rows) == 64 and {row["why"] for row in rows} <= {"text", "math-verify", "no answer"}
+    assert len(rows) == 64 and {row["why"] for row in rows} <= {"text", "right", "wrong"}
     assert all(row["correct"] == (row["extracted"] == row["answer"]) for row in rows)
     accuracy = sum(row["correct"] for row in rows) / 64
     assert 0 < accuracy < 0.6 and float(table.split()[2]) == round(accuracy, 3)
@@ -473,16 +470,11 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out and (tmp_path / "out" / "arithmetic.jsonl").stat().st_mtime_ns == written
     mine = read_rows(tmp_path / "out" / "mine.jsonl")
     assert [row["index"] for row in mine] == [0] * 4 and "kind" not in mine[0] and mine[0]["length"] > 0
-    for other in (("--seed", 6, "--benchmarks", "other.jsonl,arithmetic"), ("--system_prompt", "1"), ("--limit", 15),
-                  ("--n", 2), ("--temperature", 1)):  # fmt: skip
-        with pytest.raises(SystemExit):  # before the other benchmark is sampled
+    for other in (("--seed", 6), ("--system_prompt", "1"), ("--limit", 15), ("--n", 2), ("--temperature", 1)):
+        with pytest.raises(SystemExit):
             main(monkeypatch, *flags, *other)
         assert "arithmetic.jsonl has other settings: choose another --out" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"arithmetic.jsonl", "mine.jsonl"}
-    shutil.copy(tmp_path / "mine.jsonl", tmp_path / "arithmetic.jsonl")
-    with pytest.raises(SystemExit):
-        main(monkeypatch, *flags, "--benchmarks", "arithmetic,arithmetic.jsonl")
-    assert "two benchmarks would have the same file" in capsys.readouterr().err
 
 
 def test_compare(tmp_path, monkeypatch, capsys):
@@ -514,55 +506,48 @@ def test_compare(tmp_path, monkeypatch, capsys):
     (tmp_path / "turned").mkdir()
     turned = [row | {"index": 199 - row["index"]} for row in read_rows(tmp_path / "a" / "math.jsonl")]
     write(tmp_path / "turned" / "math.jsonl", turned[::-1])
-    for other, message in (("turned", "other problems, or in another order"), ("b", "math.jsonl has other problems"), ("empty", "no finished benchmark in common"),
-                           ("nowhere", "no finished benchmark in common")):  # fmt: skip
+    for one, other, message in (("a", "turned", "other problems"), ("a", "b", "math.jsonl has other problems"), ("a", "empty", "cannot read"),
+                                ("empty", "a", "no finished benchmark"), ("nowhere", "a", "no finished benchmark")):  # fmt: skip
         with pytest.raises(SystemExit):
-            main(monkeypatch, "--compare", tmp_path / "a", tmp_path / other)
+            main(monkeypatch, "--compare", tmp_path / one, tmp_path / other)
         assert message in capsys.readouterr().err
 
 
 def test_help():
     done = run("--help")
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 100
-    for word in ("pass@k", "olympiadbench", "torchrun", "--compare", "95% interval", "time-outs", "top_p", "OUT/<benchmark>"):
+    for word in ("pass@k", *ev.HUB, "torchrun", "--compare", "95% interval", "time-out", "top_p", "OUT/<benchmark>"):
         assert word in done.stdout, word
 
 
 def test_bad_input(tmp_path, monkeypatch, capsys):
-    for missing in ("model.safetensors", "tokenizer*"):
-        shutil.copytree(TINY, tmp_path / missing.strip("*"), ignore=shutil.ignore_patterns(missing))
     (tmp_path / "text.jsonl").write_text('{"text": "a", "label": "2"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "long.jsonl").write_text('{"problem": "' + "1+" * 300 + '1?", "answer": "301"}\n')
     cases = [
-        (("--model", TINY, "--benchmarks", "nosuch"), "unknown data set 'nosuch': give one of a .jsonl"),
+        (("--model", TINY, "--benchmarks", "nosuch"), "cannot load the data set nosuch"),
         (("--model", TINY, "--benchmarks", "nothing.jsonl"), "No such file"),
         (("--model", TINY, "--benchmarks", tmp_path / "text.jsonl"), "has the columns text, label"),
         (("--model", TINY, "--benchmarks", tmp_path / "empty.jsonl"), "has the columns (none)"),
-        (("--model", TINY, "--benchmarks", tmp_path / "long.jsonl"), "0 prompts of 1 to 255 tokens"),
-        (("--model", TINY, "--n", 0), "--n must be from 1 to "),
-        (("--model", TINY, "--limit", 0), "--limit must be from 1 to "),
-        (("--model", TINY, "--max_new_tokens", 0), "--max_new_tokens must be from 1 to "),
+        (("--model", TINY, "--benchmarks", tmp_path / "long.jsonl"), "0 of 1 prompts have 1 to 255 tokens"),
+        (("--model", TINY, "--n", 0), "--n must be above 0"),
+        (("--model", TINY, "--limit", 0), "--limit must be above 0"),
+        (("--model", TINY, "--max_new_tokens", 0), "--max_new_tokens must be above 0"),
         (("--model", TINY, "--temperature", "nan"), "--temperature"),
         (("--model", TINY, "--temperature", -1), "--temperature"),
-        (("--model", TINY, "--n", 4, "--temperature", 0), "above 0 when n is more than 1"),
+        (("--model", TINY, "--n", 4, "--temperature", 0), "--temperature must be above 0"),
         (("--model", TINY, "--n", 4, "--top_p", 0), "--top_p"),
         (("--model", TINY, "--n", "many"), "--n"),
-        (("--model", TINY, "--seed", -1), "--seed must be from 0 to 4294967295"),
-        (("--model", TINY, "--n", 2, "--seed", 1785000000123456789), "--seed must be from 0 to 4294967295"),
+        (("--model", TINY, "--seed", -1), "--seed must be above 0 and below 2**32"),
+        (("--model", TINY, "--n", 2, "--seed", 1785000000123456789), "--seed must be above 0 and below 2**32"),
         (("--model", TINY, "--bogus", 1), "--bogus"),
-        (("--model", TINY, "--out", tmp_path / "text.jsonl"), "text.jsonl"),
         (("--model", TINY, "--compare", "a", "b"), "either --model, or --compare"),
         (("--compare", "a"), "--compare"),
         ((), "--model"),
         (("--model", ROOT / "tests"), "cannot load"),
         (("--model", tmp_path / "nowhere" / "at" / "all"), "cannot load"),
         (("--model", "nobody/nothing"), "cannot load"),
-        (("--model", tmp_path / "model.safetensors"), "a part is missing"),
-        (("--model", tmp_path / "tokenizer"), "cannot load"),
     ]  # fmt: skip
-    if not find_spec("vllm"):
-        cases.append((("--model", TINY, "--sampler", "vllm"), "needs its package"))
     for arguments, message in cases:
         with pytest.raises(SystemExit) as ended:
             main(monkeypatch, *arguments)
@@ -620,17 +605,6 @@ def test_two_ranks_and_one(tmp_path):
         tables.append(done.stdout)
     assert tables[0] == tables[1] == tables[2] and tables[0].count("\n") == 4
     assert (tmp_path / "one/arithmetic.jsonl").read_bytes() == (tmp_path / "two/arithmetic.jsonl").read_bytes()
-
-
-@pytest.mark.long
-def test_interrupt():
-    command = [sys.executable, str(ROOT / "eval.py"), "--model", str(TINY), "--n", "64"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN_ENVIRONMENT)
-    assert "arithmetic" in process.stdout.readline()  # it has begun
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in errors and errors.endswith("interrupted\n")
 
 
 def test_sampler_with_a_models_own_settings(tmp_path):
