@@ -454,7 +454,7 @@ WORKER = [sys.executable, os.path.abspath(__file__), "--worker", "3"]  # seconds
 
 
 def ask(questions):
-    """A worker's replies to (gold, answer) pairs: right, wrong, time-out or crash. After the latter two another goes on."""
+    """A worker's replies to (gold, answer) pairs: right, wrong, time-out or crash, after which another one goes on."""
     replies = []
     while len(replies) < len(questions):
         worker = subprocess.run(
@@ -689,7 +689,7 @@ FLAGS = (  # name, type, default, help
     ("seed", int, 0, "seed of the sampling"),
     ("out", str, None, "folder to keep all completions in"),
 )
-SETTINGS = ("model", "system_prompt", "n", "limit", "max_new_tokens", "temperature", "top_p", "seed")  # are in every row
+SETTINGS = ("model", "system_prompt", "n", "limit", "max_new_tokens", "temperature", "top_p", "seed")  # in every row
 
 
 def parse_args():
@@ -703,7 +703,8 @@ def parse_args():
     args = parser.parse_args()
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
-            check(0 < value < 2**32 or name == "seed" and value == 0, f"--{name} must be above 0 and below 2**32, not {value}")
+            fits = 0 < value < 2**32 or name == "seed" and value == 0
+            check(fits, f"--{name} must be above 0 and below 2**32, not {value}")
     args.temperature = args.temperature if args.n > 1 else 0.0
     Path(args.out or ".").mkdir(parents=True, exist_ok=True)
     check((args.model is None) != (args.compare is None), "give either --model, or --compare OUT1 OUT2")

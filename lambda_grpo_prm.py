@@ -529,15 +529,15 @@ def micro_batches(lengths, teaches, budget, device):
     """Sort the rows that teach by length; cut them into micro-batches [row, ...] of `budget` tokens, padding included.
 
     Padding may take a sixteenth of the budget. FSDP needs equally many micro-batches on every rank. So all ranks keep
-    equally many rows (short ones without a gradient fill up), and cut them in the same places: those of the longest rows.
+    equally many rows (short ones without a gradient fill up), and cut them in the same places.
     """
     count = torch.tensor(max(1, sum(teaches)), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
     rows = sorted(range(len(lengths)), key=lambda row: (not teaches[row], lengths[row]))[:count]
     rows.sort(key=lengths.__getitem__)
-    longest = torch.tensor([lengths[row] for row in rows], device=device)  # the longest k-th row of all ranks, for each k
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    plan, widths = [], []  # widths: the longest rows of the last micro-batch
+    longest = torch.tensor([lengths[row] for row in rows], device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)  # the length of the longest k-th row of all ranks, for each k
+    plan, widths = [], []  # widths: these lengths, of the last micro-batch
     for row, width in zip(rows, longest.tolist()):
         widths.append(width)
         size = len(widths) * width  # of the last micro-batch, with this row and padding
@@ -590,12 +590,13 @@ def parse_args():
     args = Args(**vars(parser.parse_args()))
     if given.resume:
         changed = {name for name in saved if getattr(args, name) != saved[name]} - {"resume", "steps"}
-        check(not changed, f"--resume keeps all flags but --steps: leave out --{' --'.join(changed)}, or edit args.json")
+        check(not changed, f"--resume keeps all flags but --steps: leave out --{' --'.join(changed)} or edit args.json")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):  # λ: (a variant's own may be negative)
             check(0 <= value < 2**32, f"--{name} must be from 0 to 2**32, not {value}")
-    check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares completions")
+    check(args.group_size >= 2, "--group_size must be at least 2")
     check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
+    check(args.temperature > 0, "--temperature must be above 0")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
     return args
 

@@ -103,14 +103,14 @@ def test_full_disk(tmp_path):
     command = shlex.join(map(str, [python, *quick("grpo", folder / "run", 4)]))
     steps = f"""mount -t tmpfs -o size=24m tmpfs {folder} || exit 77
         {command}; echo "exit $?"; ls {folder}/run/checkpoints
-        rm -r {folder}/run/checkpoints/step_1
+        rm -r {folder}/run/checkpoints/step_000001
         {python} grpo.py --resume {folder}/run --steps 3; echo "exit $?"; ls {folder}/run/checkpoints {folder}/run/final"""
     done = subprocess.run(["unshare", "-rm", "bash", "-c", steps], cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 77 or "unshare" in done.stderr.splitlines()[0]:
         pytest.skip(f"a small file system cannot be mounted here: {done.stderr.splitlines()[0]}")
     assert "Traceback" in done.stderr and "save_checkpoint" in done.stderr
-    assert "exit 1\nstep_1\nstep_2\nstep_3.part\n" in done.stdout
-    assert "exit 0" in done.stdout and "step_2\nstep_3\n" in done.stdout and "model.safetensors" in done.stdout
+    assert "exit 1\nstep_000001\nstep_000002\nstep_000003.part\n" in done.stdout
+    assert "exit 0" in done.stdout and "step_000002\nstep_000003\n" in done.stdout and "model.safetensors" in done.stdout
 
 
 def test_killed_rank_ends_the_job(tmp_path):

@@ -116,26 +116,35 @@ def test_the_example_shows_the_ideas(float64):
     assert [round(dapo[0][t] / prm[0][t]) for t in range(16)] == [4] * 13 + [2] + [1] * 2  # where answers part
 
 
-def folder_of_run(folder, script, flags, advantages):
+class OddTokenizer:
+    """Its tokens are long, odd, or hard to draw."""
+
+    texts = ["<eos>", " The", r"$\frac$", "\n\n", "\\boxed{", "é", "extraordinarily", "   ", "\t", "$"]
+
+    def batch_decode(self, rows):
+        return [self.texts[token] for [token] in rows]
+
+
+def folder_of_run(folder, script, flags, advantages, monkeypatch):
     """A run's folder, whose two steps have the same group with long completions: the folder, the row of the second step."""
+    monkeypatch.setattr(credit, "load_tokenizer", {"odd": OddTokenizer()}.__getitem__)
     method, folder = importlib.import_module(script), folder / script
     folder.mkdir()
-    args = dataclasses.asdict(method.Args(prompts_per_step=2, **flags))
+    args = dataclasses.asdict(method.Args(prompts_per_step=2, model="odd", **flags))
     (folder / "args.json").write_text(json.dumps({"script": script, **args}))
     ids = [IDS[0] * 12, *IDS[1:-1], IDS[0] * 16]
-    texts = ["<eos>", " The", r"$\frac$", "\n\n", "\\boxed{", "é", "extraordinarily", "   ", "\t", "$"]
     row = {"step": 2, "problem": "How many\nare there?", "answer": "3", "completions": ["any"] * 6, "ids": ids,
-           "pieces": [[texts[token] for token in tokens] for tokens in ids], "rewards": REWARDS, "advantages": advantages}
+           "rewards": REWARDS, "advantages": advantages}
     (folder / "samples.jsonl").write_text(f"{json.dumps({**row, 'step': 1})}\n{json.dumps(row)}\n")
     (folder / "metrics.jsonl").write_text('{"step": 1, "lam": 2.5}\n{"step": 2, "lam": 4.0}\n')
-    return folder, row
+    return folder, {**row, "pieces": [[OddTokenizer.texts[token] for token in tokens] for tokens in ids]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_is_drawn_as_it_weighed_its_group(script, tmp_path, float64):
+def test_a_run_is_drawn_as_it_weighed_its_group(script, tmp_path, float64, monkeypatch):
     """With the advantages and the λ of the run, and GRPO beside it, unless the run is GRPO."""
     flags = {"style": "recent", "lam": 0.9} if script == "grpo_lambda_traces" else {}
-    run, row = folder_of_run(tmp_path, script, flags, [2 * reward - 1 for reward in REWARDS])
+    run, row = folder_of_run(tmp_path, script, flags, [2 * reward - 1 for reward in REWARDS], monkeypatch)
     args = importlib.import_module(script).Args(prompts_per_step=2, **flags)
     found, panels = credit.group_of_run(run, 2)
     assert found == row and credit.group_of_run(run, None)[0]["step"] == 2
@@ -175,9 +184,9 @@ def texts_of_picture(folder, *flags):
 
 @drawn
 @pytest.mark.parametrize("script", ["grpo", "lambda_grpo_prm"])
-def test_a_run_makes_a_picture(script, tmp_path):
+def test_a_run_makes_a_picture(script, tmp_path, monkeypatch):
     """Also with equal rewards, and with tokens that are long, odd or many."""
-    run, _ = folder_of_run(tmp_path, script, {}, [0.0] * 6 if script == "grpo" else REWARDS)
+    run, _ = folder_of_run(tmp_path, script, {}, [0.0] * 6 if script == "grpo" else REWARDS, monkeypatch)
     written = texts_of_picture(tmp_path, "--run", run, "--step", 2)
     assert {"+12", "+36", "↵↵", r"$\frac$", "■", "extraordinaril"} <= set(written)
     assert "6 answers to “How many are there?” with their rewards at the left." in written
@@ -204,7 +213,7 @@ def test_the_example_makes_a_picture(tmp_path):
     ("matplotlib", "pip install matplotlib"), ("step alone", "--step needs --run"),
 ])
 def test_bad_input_ends_in_one_line(case, message, tmp_path, monkeypatch, capsys):
-    run, row = folder_of_run(tmp_path, "grpo", {}, REWARDS)
+    run, row = folder_of_run(tmp_path, "grpo", {}, REWARDS, monkeypatch)
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: case != "matplotlib" if name == "matplotlib" else found(name))
     if case == "broken":

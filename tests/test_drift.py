@@ -64,7 +64,7 @@ def test_scripts_have_not_drifted_apart(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("line", ["        aside.rename", "        optimizer.step()", "    return [float(right)", "TOY = dict("])
+@pytest.mark.parametrize("line", ["        aside.rename", "        optimizer.step()", "    return [float(verdict[", "TOY = dict("])
 def test_a_drifted_line_is_named(name, line):
     base, other = (ROOT / "grpo.py").read_text(), (ROOT / f"{name}.py").read_text()
     start = next(text for text in other.splitlines() if line.strip() in text)
@@ -112,7 +112,7 @@ def code_lines(path):
 
 def test_amount_of_code():
     own, shared = code_lines(ROOT / "grpo.py"), code_lines(ROOT / "eval.py")
-    assert sum(map(len, own + shared)) <= 55_500  # the aim is 50,000
+    assert sum(map(len, own + shared)) <= 50_000
     for name in [*SCRIPTS, "eval"]:
         code = code_lines(ROOT / f"{name}.py")
         assert sum(map(len, code)) / len(code) < 54.5, f"{name}.py is dense"

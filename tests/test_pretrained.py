@@ -89,7 +89,7 @@ def test_problems_are_disjoint_and_right():
 
 def test_reward_is_the_last_number():
     texts = ["7 * 8 is 56.", "56, not 54", "56.5", "-56", "none", "**56**", "1 and\n56"]
-    assert pretrained.rewards_of(texts, [{"answer": "56"}] * 7, None) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert pretrained.rewards_of(texts, [{"answer": "56"}] * 7) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
 def write_runs(folder, seeds, steps):

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SCRIPTS, TINY, launch, metrics, on_a_terminal
 
 KEYS = """step reward zero_variance length truncated loss entropy kl clip_fraction grad_norm lr tis_mean tis_capped logp_diff
-grader_timeouts tokens_per_second seconds_sampling seconds_grading seconds_training seconds_syncing memory_gb""".split()
+seconds_sampling seconds_grading seconds_training seconds_syncing""".split()
 OWN_KEYS = {
     "grpo": [],
     "grpo_lambda_traces": ["trace_weight", "advantage_clamped"],
@@ -29,6 +29,8 @@ QUICK = ["--prompts_per_step", 4, "--group_size", 4, "--eval_dataset", ""]
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_toy_run(name, toys):
     """The embedded default, all of it: the reward climbs, and everything that was promised is there."""
+    import transformers
+
     run, done = toys[name]
     assert done.returncode == 0, done.stderr[-3000:]
     rows = metrics(run, timed=True)
@@ -43,28 +45,25 @@ def test_toy_run(name, toys):
     assert rows[-1].get("lam", 1) > 0.05  # long answers were the right ones
     assert rows[-1].get("process_set_size", 9) > 1.5 * rows[0].get("process_set_size", 1)  # the groups grow alike
     assert rows[0].get("advantage_clamped", 1) > 0.3 and rows[-1].get("trace_weight", 99) > rows[0].get("trace_weight", 0)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_20", "step_25"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000020", "step_000025"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == list(range(1, 26))
     for row in samples:  # one whole group per step
         assert len(row["completions"]) == len(row["ids"]) == len(row["rewards"]) == len(row["advantages"]) == 8
-        for text, ids, pieces in zip(row["completions"], row["ids"], row["pieces"]):
-            assert len(ids) == len(pieces) and "".join(pieces).removesuffix("<eos>") == text
+        assert tokenizer.batch_decode(row["ids"], skip_special_tokens=True) == row["completions"]
         least = min(row["advantages"])
         assert all(value == least for value, reward in zip(row["advantages"], row["rewards"]) if reward == min(row["rewards"]))
         assert least >= (-0.1 - 1e-6 if name == "grpo_lambda_traces" else -3)
-    assert "accuracy before training: 0.0" in done.stdout and "accuracy on arithmetic" in done.stdout
+    assert done.stdout.count("accuracy on arithmetic: 0.") == 2
     assert done.stderr == ""  # no progress bar where it would fill a log file
     lines = done.stdout.splitlines()
     head = next(number for number, line in enumerate(lines) if line.split()[:1] == ["step"])
     assert len(lines) < 35 and all(len(line) <= 80 for line in lines[head : head + 26])
 
-    import transformers
-
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
     modes = {(run / name).stat().st_mode for name in ("args.json", "final/config.json", "final/model.safetensors")}
     assert len(modes) == 1, "others can read all of it, or nothing"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
     inputs = tokenizer("37+5+81+26?", return_tensors="pt")
     answer = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0]
     assert "\\boxed{149}" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
@@ -87,27 +86,25 @@ def bad_inputs(tmp_path, script):
             shutil.copy(file, tmp_path / "no_weights")
     for name, changes in (("other_script", {"script": "another"}), ("own", {}),
                           ("older", {"no_longer_a_flag": 1}), ("newer", {})):
-        (tmp_path / name / "checkpoints" / "step_25").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "step_000025").mkdir(parents=True)
         own = {**vars(script.Args(**script.TOY)), "script": script.SCRIPT, "steps": 30, **changes}
         own.pop("seed" if name == "newer" else None, None)
         (tmp_path / name / "args.json").write_text(json.dumps(own))
-    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     return {
         "unknown flag": (["--no_such_flag", "1"], "--no_such_flag"),
-        "unknown data set": (["--dataset", "no_such_data"], "gsm8k"),
-        "unknown benchmark": (["--eval_dataset", "no_such_data"], "gsm8k"),
+        "unknown data set": (["--dataset", "no_such_data"], "cannot load the data set no_such_data"),
+        "unknown benchmark": (["--eval_dataset", "no_such_data"], "cannot load the data set no_such_data"),
         "missing model": (["--model", str(tmp_path / "nowhere")], "nowhere"),
         "folder without a model": (["--model", str(tmp_path / "no_model")], "no_model"),
-        "folder without weights": (["--model", str(tmp_path / "no_weights")], "a part is missing"),
         "a file for a model": (["--model", data("model.gguf", "GGUF")], "model.gguf"),
-        "a context too short": (["--max_new_tokens", "250"], "0 prompts of 1 to 6 tokens"),
-        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "0 prompts of 1 to 208 tokens, 1 skipped"),
+        "a context too short": (["--max_new_tokens", "250"], "0 of 4096 prompts have 1 to 6 tokens"),
+        "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "0 of 1 prompts have 1 to 208 tokens"),
         "a solution without a box": (["--dataset", data("solution.jsonl", '{"problem": "1+1?", "solution": "It is two."}\n')], "box"),
         "missing data": (["--dataset", str(tmp_path / "none.jsonl")], "none.jsonl"),
         "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
         "broken line": (["--dataset", data("broken.jsonl", good + '{"problem": ')], "line 2"),
         "empty file": (["--dataset", data("empty.jsonl", "")], "(none)"),
-        "long prompts": (["--dataset", data("long.jsonl", good.replace("1+1", "1+1" * 9)), "--max_prompt_tokens", "9"], "0 prompts of 1 to 9 tokens"),
+        "long prompts": (["--dataset", data("long.jsonl", good.replace("1+1", "1+1" * 9)), "--max_prompt_tokens", "9"], "0 of 1 prompts have 1 to 9 tokens"),
         "negative seed": (["--seed", "-1"], "--seed"),
         "seed of nanoseconds": (["--seed", "1795730000000000000"], "--seed"),
         "no usable answer": (["--dataset", data("useless.jsonl", good.replace('"2"', '""'))], "answer"),
@@ -117,23 +114,19 @@ def bad_inputs(tmp_path, script):
         "temperature nan": (["--temperature", "nan"], "--temperature"),
         "infinite temperature": (["--temperature", "inf"], "--temperature"),
         "negative steps": (["--steps", "-5"], "--steps"),
-        "no steps": (["--steps", "0"], "--steps"),
         "steps are no number": (["--steps", "many"], "--steps"),
         "unknown loss": (["--loss", "ppo"], "dr_grpo") if script.SCRIPT == "grpo" else (["--clip_high", "x"], "--clip_high"),
         "clip above 1": (["--clip_low", "1.5"], "--clip_low"),
         "negative learning rate": (["--lr", "-1e-6"], "--lr"),
-        "sampler that is not there": (["--sampler", "vllm"], "vllm"),
         "resume without checkpoint": (["--resume", str(tmp_path / "no_model")], "checkpoint"),
         "resume another script": (["--resume", str(tmp_path / "other_script")], "another script or version"),
-        "resume another model": (["--resume", str(tmp_path / "own"), "--model", "some/model"], "model cannot change"),
+        "resume another model": (["--resume", str(tmp_path / "own"), "--model", "some/model"], "leave out --model"),
         "resume an older version": (["--resume", str(tmp_path / "older")], "another script or version"),
         "resume a version that lacks a flag": (["--resume", str(tmp_path / "newer")], "another script or version"),
-        "resume with another seed": (["--resume", str(tmp_path / "own"), "--seed", "5"], "seed cannot change"),
-        "resume with other data": (["--resume", str(tmp_path / "own"), "--dataset", "gsm8k"], "dataset cannot change"),
-        "resume with another batch": (["--resume", str(tmp_path / "own"), "--group_size", "4"], "group_size cannot change"),
-        "resume and output_dir": (["--resume", str(tmp_path / "own"), "--output_dir", "x"], "output_dir cannot change"),
-        "folder of another run": (["--output_dir", str(tmp_path / "own")], "holds a run"),
-        "folder of a run that has just begun": (["--output_dir", str(tmp_path / "begun")], "holds a run"),
+        "resume with another seed": (["--resume", str(tmp_path / "own"), "--seed", "5"], "leave out --seed"),
+        "resume with other data": (["--resume", str(tmp_path / "own"), "--dataset", "gsm8k"], "leave out --dataset"),
+        "resume with another batch": (["--resume", str(tmp_path / "own"), "--group_size", "4"], "leave out --group_size"),
+        "resume and output_dir": (["--resume", str(tmp_path / "own"), "--output_dir", "x"], "leave out --output_dir"),
     }
 
 
@@ -228,7 +221,7 @@ def test_killed_and_resumed(first_script, tmp_path, monkeypatch, request):
     assert metrics(run) == metrics(whole)
     for file in ("samples.jsonl", "final/model.safetensors"):
         assert (run / file).read_bytes() == (whole / file).read_bytes()
-    assert sorted(path.name for path in checkpoints.iterdir()) == sorted([f"step_{steps - 1}", f"step_{steps}"])
+    assert sorted(path.name for path in checkpoints.iterdir()) == sorted([f"step_{steps - 1:06}", f"step_{steps:06}"])
 
 
 def newest(checkpoints):
@@ -271,7 +264,7 @@ def test_nan_stops_before_the_update(first_script, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(script, "policy_loss", broken)
     monkeypatch.setattr(script, "tqdm", lambda *args, **how: bar(*args, **{**how, "disable": False}))  # as on a terminal
     assert run_here(script, quick(script.SCRIPT, run, 4), monkeypatch) == 1
-    assert "\nerror: stopped before the update: loss nan" in capsys.readouterr().err  # below the bar, not behind it
+    assert "\rerror: stopped before the update: loss nan" in capsys.readouterr().err  # below the bar, not behind it
     assert [row["step"] for row in metrics(run)] == [1, 2] and newest(run / "checkpoints") == 2
     monkeypatch.setattr(script, "policy_loss", honest)
     assert run_here(script, [f"{script.SCRIPT}.py", "--resume", run], monkeypatch) == 0
@@ -312,7 +305,7 @@ def test_evaluation_in_the_loop(tmp_path, monkeypatch, capsys):
                  "--eval_every", 2, "--save_every", 1]
     assert run_here(grpo, [*arguments, "--output_dir", tmp_path / "whole"], monkeypatch) == 0
     said = capsys.readouterr().out
-    assert said.count("accuracy on") == 2 and said.count("accuracy before training") == 1
+    assert said.count("accuracy on") == 3  # before training, after steps 2 and 4
 
     def broken(*given, **how):
         calls.append(True)
@@ -340,22 +333,10 @@ def test_a_checkpoint_holds_tied_weights_once(first_script, tmp_path, monkeypatc
 
     assert run_here(first_script, quick(first_script.SCRIPT, tmp_path / "run", 1), monkeypatch) == 0
     numbers = sum(tensor.numel() for tensor in safetensors.torch.load_file(tmp_path / "run/final/model.safetensors").values())
-    saved = dcp.FileSystemReader(tmp_path / "run" / "checkpoints" / "step_1").read_metadata().state_dict_metadata
+    saved = dcp.FileSystemReader(tmp_path / "run" / "checkpoints" / "step_000001").read_metadata().state_dict_metadata
     sizes = {name: entry.size.numel() for name, entry in saved.items() if hasattr(entry, "size") and "inv_freq" not in name}
     for kind in ("model.model.", ".exp_avg", ".exp_avg_sq"):
         assert sum(size for name, size in sizes.items() if name.startswith(kind) or name.endswith(kind)) == numbers
-
-
-@pytest.mark.long
-def test_interrupted(tmp_path):
-    """Ctrl-C reaches the whole process group: one line, exit code 130, no worker left."""
-    run = tmp_path / "run"
-    process = launch(quick("grpo", run, 10_000), wait=False)
-    wait_for(lambda: newest(run / "checkpoints") > 1, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors and errors.replace("\r", "\n").splitlines()[-1].startswith("error: interrupted")
 
 
 @pytest.mark.long
@@ -380,19 +361,24 @@ def test_copied_elsewhere(first_script, tmp_path):
 
 
 @pytest.mark.long
-def test_flags_of_a_resumed_run(tmp_path, monkeypatch, capsys):
-    """Those that do not change the past may change; they are printed, and hold for the next resume, too."""
+def test_flags_of_a_resumed_run(tmp_path, monkeypatch):
+    """The number of steps may change, and holds for the next resume, too. What stands in args.json counts."""
     grpo, run = importlib.import_module("grpo"), tmp_path / "run"
     assert run_here(grpo, quick("grpo", run, 1), monkeypatch) == 0
-    for steps, flags, changed in ((2, ["--lr", 0.001, "--beta", 0.1], {"steps", "lr", "beta"}), (3, ["--seed", 0], {"steps"})):
-        capsys.readouterr()
-        assert run_here(grpo, ["grpo.py", "--resume", run, "--steps", steps, *flags], monkeypatch) == 0
-        said = capsys.readouterr().out
-        assert f"steps {steps} to {steps}" in said
-        assert set(said.partition("changed from now on: ")[2].partition("\n")[0].split(", ")) == changed
-    kept = json.loads((run / "args.json").read_text())
-    assert (kept["steps"], kept["lr"], kept["beta"]) == (3, 0.001, 0.1)
-    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+    assert run_here(grpo, ["grpo.py", "--resume", run, "--steps", 2, "--seed", 0], monkeypatch) == 0
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**args, "lr": 0.001, "steps": 3}))
+    assert run_here(grpo, ["grpo.py", "--resume", run], monkeypatch) == 0
+    assert [(row["step"], row["lr"] == 0.001) for row in metrics(run)] == [(1, False), (2, False), (3, True)]
+    assert run_here(grpo, ["grpo.py", "--resume", run, "--steps", 4, "--lr", 0.1], monkeypatch) == 2
+
+
+def test_folder_of_another_run(tmp_path, monkeypatch):
+    """A second new run is refused, also if the first one has just begun."""
+    grpo = importlib.import_module("grpo")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="checkpoints"):
+        run_here(grpo, quick("grpo", tmp_path / "run", 1), monkeypatch)
 
 
 @pytest.mark.parametrize("wrong, rewards", [
@@ -402,7 +388,7 @@ def test_flags_of_a_resumed_run(tmp_path, monkeypatch, capsys):
 ])
 def test_rewards_are_checked(tmp_path, monkeypatch, capsys, wrong, rewards):
     grpo = importlib.import_module("grpo")
-    monkeypatch.setattr(grpo, "rewards_of", lambda texts, problems, grader: rewards(texts))
+    monkeypatch.setattr(grpo, "rewards_of", lambda texts, problems: rewards(texts))
     assert run_here(grpo, quick("grpo", tmp_path / "run", 2), monkeypatch) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: rewards_of must return one finite number")
 

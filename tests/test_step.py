@@ -107,14 +107,18 @@ def test_micro_batches(script, alone):
 
 
 def test_micro_batches_of_a_rank_that_is_short_of_them(script, alone, monkeypatch):
-    """Another rank has seven: this one's are halved until there are seven, and still every row is there once."""
-    answers = iter((14, 7, 9, 7))  # the most rows of a rank, the most micro-batches of a rank; and once more
-    monkeypatch.setattr(script.dist, "all_reduce", lambda count, how: count.fill_(next(answers)))
+    """Another rank has longer rows: both cut where that one has to, and still every row is there once."""
+    def of_all_ranks(own, how):
+        others = torch.tensor(answers.pop(0))
+        own.copy_(torch.maximum(own, others))
+
+    monkeypatch.setattr(script.dist, "all_reduce", of_all_ranks)
+    answers = [14, [5] * 8 + [60] * 4 + [90] * 2]
     batches = script.micro_batches([9] * 12 + [40] * 2, [True] * 14, 120, "cpu")
-    assert len(batches) == 7 and all(batches)
-    assert sorted(row for rows in batches for row in rows) == list(range(14))
+    assert batches == [[*range(8)], [8, 9], [10, 11], [12], [13]]
+    answers = [9, [1] * 9]  # its nine rows are short, but there are nine
     batches = script.micro_batches([40] * 3 + [9, 8, 7, 6, 5, 4, 3, 2], [True] * 3 + [False] * 8, 120, "cpu")
-    assert len(batches) == 7 and sorted(row for rows in batches for row in rows) == [0, 1, 2, 5, 6, 7, 8, 9, 10]
+    assert sorted(row for rows in batches for row in rows) == [0, 1, 2, 5, 6, 7, 8, 9, 10] and batches[-1] == [0, 1, 2]
 
 
 def step_and_gradient(script, monkeypatch, **changes):

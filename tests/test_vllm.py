@@ -103,8 +103,8 @@ def test_killed_and_resumed(runs, tmp_path):
     """SIGKILL, then on with another number of ranks: the engine gets the restored weights before it samples."""
     run = tmp_path / "run"
     shutil.copytree(runs["two"], run)
-    shutil.rmtree(run / "checkpoints" / "step_4")  # as if killed after step 2, in the midst of the next checkpoint
-    (run / "checkpoints" / "step_4.part").mkdir()
+    shutil.rmtree(run / "checkpoints" / "step_000004")  # as if killed after step 2, in the midst of the next checkpoint
+    (run / "checkpoints" / "step_000004.part").mkdir()
     done = start(["grpo.py", "--resume", run])
     assert done.returncode == 0, done.stderr[-3000:]
     for expected, row in zip(same_weights(runs["one"]), same_weights(run), strict=True):
@@ -145,7 +145,7 @@ def test_alarm_when_the_sync_is_left_out(tmp_path):
 PREFIXES = """
 engine = vllm.LLM
 vllm.LLM = lambda *a, **k: engine(*a, **k, block_size=32)  # so that these prompts fill a block
-script.rewards_of = lambda texts, problems, grader: [float(len(text)) for text in texts]
+script.rewards_of = lambda texts, problems: [float(len(text)) for text in texts]
 """
 
 

@@ -40,7 +40,7 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from eval import Grader, fail, load_problems, load_tokenizer  # noqa: E402
+from eval import fail, grade, load_problems, load_tokenizer  # noqa: E402
 
 TRL = "1.16.0"
 BUDGET = 2048  # tokens of a micro-batch
@@ -134,7 +134,7 @@ def whole_step(prompts, problems, group_size):
     """A whole step of grpo.py, as main has it: a function of the seed that returns seconds by phase, and tokens."""
     script, args, policy, optimizer = load("grpo", len(problems), group_size, micro_batch_tokens=BUDGET)
     tokenizer, device = load_tokenizer(str(TINY)), torch.device("cpu")
-    sampler, grader = script.HFSampler(args, tokenizer, device), Grader()
+    sampler = script.HFSampler(args, tokenizer, device)
 
     def step(seed):
         start = time.perf_counter()
@@ -142,7 +142,7 @@ def whole_step(prompts, problems, group_size):
         sampled = time.perf_counter()
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         asked = [problem for problem in problems for _ in range(group_size)]
-        rewards = torch.tensor(script.rewards_of(texts, asked, grader)).view(len(problems), -1)
+        rewards = torch.tensor(script.rewards_of(texts, asked)).view(len(problems), -1)
         graded = time.perf_counter()
         script.train_step(policy, None, optimizer, args, prompts, completions, rewards)
         trained = time.perf_counter()
@@ -188,7 +188,7 @@ def serve_trl(file):
     def reward(completions, answer, **_):
         if current["batch"] != "live":
             return work["batches"][current["batch"]]["rewards"]
-        return [float(right) for right in grader.grade_all(list(zip(completions, answer)))]
+        return [float(verdict["correct"]) for verdict in grade(list(zip(completions, answer)))]
 
     def watch(name, function):
         """The same method, its seconds added to the clock."""
@@ -241,7 +241,6 @@ def serve_trl(file):
     trainer.compute_loss = keep_loss
     trainer._generate = watch("sampling", trainer._generate)
     trainer._calculate_rewards = watch("grading", trainer._calculate_rewards)
-    grader = Grader()
     trainer.train()
 
 

@@ -155,8 +155,8 @@ def read(folder):
 
 def recording(rewards_of, reward, path):
     """A script's rewards_of, or the task's own reward in its place, that also writes how long wrong answers are."""
-    def rewards(texts, problems, grader):
-        earned = rewards_of(texts, problems, grader) if reward is None else [
+    def rewards(texts, problems):
+        earned = rewards_of(texts, problems) if reward is None else [
             reward(text, row["problem"]) for text, row in zip(texts, problems)]
         wrong = [len(text.replace(BOX, "{")) for text, value in zip(texts, earned) if value < 1]  # tokens, but the last
         with open(path, "a") as file:

@@ -78,8 +78,12 @@ def example():
         args = importlib.import_module(script).Args(prompts_per_step=1, **flags)
         command = f"{script}.py" + "".join(f" --{flag} {value}" for flag, value in flags.items())
         panels.append((name, idea, command, coefficients(script, args, ids, REWARDS)))
-    pieces = [tokenizer.batch_decode([[token] for token in row]) for row in ids]
-    return {"problem": PROBLEM, "rewards": REWARDS, "ids": ids, "pieces": pieces}, panels
+    return {"problem": PROBLEM, "rewards": REWARDS, "ids": ids, "pieces": pieces_of(ids, tokenizer)}, panels
+
+
+def pieces_of(ids, tokenizer):
+    """The text of each token of each completion."""
+    return [tokenizer.batch_decode([[token] for token in row]) for row in ids]
 
 
 def group_of_run(run, step):
@@ -92,11 +96,12 @@ def group_of_run(run, step):
         fail(f"{run} is not the folder of a run: {error}")
     row = samples.get(max(samples, default=1) if step is None else step)
     check(row, f"{run} does not have step {step}, only {len(samples)} steps in samples.jsonl")
-    check({"ids", "pieces", "advantages"} <= row.keys(), f"{run}/samples.jsonl has an old format, without tokens: train again")
+    check({"ids", "advantages"} <= row.keys(), f"{run}/samples.jsonl has an old format, without tokens: train again")
     check((ROOT / f"{args.script}.py").exists(), f"{run} was made by {args.script}.py, which is not in {ROOT}")
     loss = getattr(args, "loss", None)
     lam = metrics.get(row["step"] - 1, {}).get("lam", getattr(args, "lam_init", None))  # a row has λ after its step
     note = f"--loss {loss}" if loss else f"λ = {lam:.3g}" if lam is not None else ""
+    row["pieces"] = pieces_of(row["ids"], load_tokenizer(args.model))
     used = coefficients(args.script, args, row["ids"], row["rewards"], row["advantages"], lam)
     panels = [(f"{args.script}.py", f"step {row['step']} of {run.resolve().name}", note, used)]
     if (args.script, loss) != ("grpo", "grpo"):

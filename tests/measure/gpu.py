@@ -223,7 +223,7 @@ class Here:
     """This machine, and the size that was asked for."""
 
     def __init__(self, size):
-        self.device = grpo.join_ranks(timeout_minutes=10)
+        self.device = grpo.join_ranks()
         self.gpu = self.device.type == "cuda"
         self.card = torch.cuda.get_device_name() if self.gpu else "no GPU"
         self.size = size if self.gpu else "tiny"

@@ -39,7 +39,7 @@ FLAGS = dict(  # of all four scripts
 ENDS = 5  # "in training" is the mean of so many steps
 
 
-def rewards_of(texts, problems, grader):
+def rewards_of(texts, problems):
     """1 if the last number of the text is the answer, else 0; it takes the place of the scripts' own function."""
     numbers = [re.findall(r"-?\d+(?:[.,]\d+)*", text) for text in texts]
     return [float(found[-1:] == [row["answer"]]) for found, row in zip(numbers, problems)]
@@ -80,7 +80,7 @@ def judge(args, folder, seed):
     for kind, n, temperature in (("greedy", 1, 0.0), ("sampled", args.samples, 1.0)):
         ids = [completion.ids for completion in sampler(prompts, n, seed, temperature)]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        rewards = rewards_of(texts, [row for row in problems for _ in range(n)], None)
+        rewards = rewards_of(texts, [row for row in problems for _ in range(n)])
         found[kind] = mean(rewards)
     return found
 
