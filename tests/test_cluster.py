@@ -126,9 +126,10 @@ def test_killed_rank_ends_the_job(tmp_path):
 
 
 def test_hung_rank_ends_the_job(tmp_path):
-    """A rank that hangs, here in its reward: the other one waits for --timeout_minutes, then the job ends with an error."""
+    """A rank that hangs, here in its reward: the other one waits for an hour, here 6 seconds, then the job ends in an error."""
     driver = tmp_path / "driver.py"
-    driver.write_text("""import os, sys, time, grpo
+    driver.write_text("""import datetime, os, sys, time, grpo
+grpo.timedelta = lambda hours: datetime.timedelta(seconds=6 * hours)
 honest = grpo.rewards_of
 def rewards_of(*arguments):
     while os.environ["RANK"] == "1":
@@ -137,7 +138,7 @@ def rewards_of(*arguments):
 grpo.rewards_of = rewards_of
 grpo.main()
 """)
-    arguments = [driver, *quick("grpo", tmp_path / "run", 2, "--timeout_minutes", 0.1)[1:]]
+    arguments = [driver, *quick("grpo", tmp_path / "run", 2)[1:]]
     done = launch(arguments, ranks=2, GRPO_TEST_RUN=str(tmp_path / "run"))
     assert done.returncode != 0 and "Timed out waiting 6000ms" in done.stderr, done.stderr[-3000:]
     no_one_left(tmp_path / "run")

@@ -162,9 +162,8 @@ sys.argv[0] = "{script}.py"
 class Card(str):  # to torch it is the CPU, to the script a GPU
     type = "cuda"
 join, mesh = script.join_ranks, script.dist.init_device_mesh
-script.join_ranks = lambda minutes: Card(join(minutes))
+script.join_ranks = lambda: Card(join())
 script.dist.init_device_mesh = lambda kind, *shape, **names: mesh("cpu", *shape, **names)
-torch.cuda.mem_get_info = lambda: (0, 0)
 if {stale}:
     load, done = script.HFSampler.load, []
     script.HFSampler.load = lambda self, tensors: [*tensors] if done else done.append(load(self, tensors))
