@@ -332,7 +332,7 @@ def stated(text):
 
 
 def clean(text):
-    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "4.5e3" -> "4.5 \times 10^{3}"."""
+    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "x = 5 \mbox{cm}" -> "x=5\text{cm}"."""
     text = text.translate(SIGNS).strip()
     for pattern, replacement in LAYOUT:
         text = re.sub(pattern, replacement, text).strip()
@@ -467,7 +467,7 @@ def ask(questions):
         if worker.returncode:
             gold, answer = questions[len(replies)]
             replies.append("time-out" if worker.returncode == -signal.SIGPROF else "crash")
-            say(f"counted as wrong, because comparing it with {gold} ended in a {replies[-1]}: {answer}")
+            say(f"counted as wrong, because comparing it with {gold!r} ended in a {replies[-1]}: {answer!r}")
     return replies
 
 

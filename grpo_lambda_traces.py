@@ -570,7 +570,7 @@ def join_ranks():
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if LAUNCHED else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(timeout=timedelta(hours=1), **alone)  # ranks wait for each other as long
+    dist.init_process_group(timeout=timedelta(hours=1), **alone)  # how long ranks wait for each other
     return device
 
 

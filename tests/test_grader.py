@@ -371,7 +371,7 @@ def test_duplicates_are_graded_once(monkeypatch, capfd):
     monkeypatch.setattr(ev, "WORKER", [*ev.WORKER[:-1], "0.7"])
     verdicts = grade([(boxed("9^{9^{9^{9}}}"), "\\sqrt{5}")] * 20 + [(boxed("x+1"), "1+x")] * 20)
     assert verdicts == [False] * 20 + [True] * 20
-    said = "counted as wrong, because comparing it with \\sqrt{5} ended in a time-out: 9^{9^{9^{9}}}\n"
+    said = "counted as wrong, because comparing it with '\\\\sqrt{5}' ended in a time-out: '9^{9^{9^{9}}}'\n"
     assert capfd.readouterr() == (said, "")
 
 
