@@ -8,8 +8,8 @@
 torchrun needs the "--", otherwise it takes --n for its own. A benchmark is a name (arithmetic,
 gsm8k, math, dapo, aime24, math500), a hub id "owner/name" (or "owner/name configuration"), or a
 .jsonl or .parquet file with one problem and its answer per row. With --n 1 decoding is greedy;
-otherwise completions are sampled with --temperature and --top_p, on a GPU by vLLM if it is
-installed. The table has one row per benchmark:
+otherwise completions are sampled with --temperature and --top_p. On a GPU vLLM generates them, if
+it is installed. The table has one row per benchmark:
 
     avg@n      accuracy: the share of right completions per problem, averaged over problems,
                ± its standard error over problems
@@ -110,8 +110,8 @@ def usable(rows, name):
     columns = dict.fromkeys(str(column).lower() for row in rows for column in row)  # a dict keeps the order
     asked, answered = (next((names.split() for names in sets if columns.keys() >= {*names.split()}), [])
                        for sets in (PROBLEMS, ANSWERS))
-    check(asked and answered, f"{name} has the columns {', '.join(columns) or '(none)'}: it needs one of "
-                              f"{', '.join(PROBLEMS)}, and one of {', '.join(ANSWERS)}")
+    check(asked and answered, f"{name} needs one of the columns {', '.join(PROBLEMS)}, and one of "
+                              f"{', '.join(ANSWERS)}; it has {[*columns]}")
     unused = [column for column in columns if column not in (*asked, *answered)]
     if unused:
         say(f"{name}: columns that are not in the prompt: {', '.join(unused)}")
@@ -267,7 +267,7 @@ def load_prompts(name, split, tokenizer, args):
         check(max(ids, default=0) < known, f"{args.model} knows {known} tokens, and its tokenizer makes more")
     kept = [row for row in problems if 0 < len(row["prompt_ids"]) <= args.max_prompt_tokens]
     found = f"{name}, {split}: {len(kept)} of {len(problems)} prompts have 1 to {args.max_prompt_tokens} tokens"
-    check(kept, f"{found}, which with --max_new_tokens {args.max_new_tokens} fit the model's context")
+    check(kept, f"{found}; a prompt and --max_new_tokens have to fit the model's context")
     say(found)
     return kept
 
@@ -290,7 +290,7 @@ LAYOUT = (  # (pattern, replacement), one after the other: then what means the s
     (r"\\(mathrm|mbox|text[a-z]*)\{", r"\\text{"),
     (r"\^(\\circ|\{\\circ\})", r"\\text{degrees}"),
     (r"\\?%", r"\\text{percent}"),
-    (r",?\\text\{(and|or)\} ?|,? (and|or) |\{,\}", ","),
+    (r",?\\text\{(and|or)\} ?|,? (and|or)\b ?|\{,\}", ","),
     (r"\\[cdt]frac", r"\\frac"),
     (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # \frac12
     (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
@@ -343,7 +343,7 @@ def clean(text):
 
 
 def measured(text):
-    r"""A value and its unit, a known name or a plural: "5 \text{ meters}^2" -> ("5", ["meter", "^2"]).
+    r"""A value and its unit, a known name or a plural: "5\text{meters}^2" -> ("5", ["meter", "^2"]).
 
     Single letters are factors, and other words change the value: "5 x" and "5 squared" have no unit and stay whole.
     """
@@ -357,7 +357,7 @@ def measured(text):
 
 
 def quantity(text):
-    r"""A number that is written out, and its unit: "1\frac{1}{2} \text{ cm}" -> (Fraction(3, 2), ["cm"]); else None."""
+    r"""A number that is written out, and its unit: "1\frac{1}{2}\text{cm}" -> (Fraction(3, 2), ["cm"]); else None."""
     value, unit = measured(text)
     match = NUMBER.fullmatch(value)
     if not match or len(value) > 1000:
@@ -454,7 +454,10 @@ WORKER = [sys.executable, os.path.abspath(__file__), "--worker", "3"]  # seconds
 
 
 def ask(questions):
-    """A worker's replies to (gold, answer) pairs: right, wrong, time-out or crash, after which another one goes on."""
+    """A worker's replies to (gold, answer) pairs: right, wrong, time-out or crash (rank 0 names the last two).
+
+    After a time-out or a crash another worker goes on.
+    """
     replies = []
     while len(replies) < len(questions):
         worker = subprocess.run(
@@ -462,9 +465,9 @@ def ask(questions):
             env={**os.environ, "PYTHONHASHSEED": "0"}, start_new_session=True,  # sympy depends on the order of sets
         )
         if worker.returncode > 0:
-            fail("the grader's worker failed: is math-verify installed? Its message is above", 1)
+            fail("the grader's worker failed, with the message above", 1)
         replies += worker.stdout.split()
-        if worker.returncode:
+        if questions[len(replies) :]:  # the worker has ended at one of them
             gold, answer = questions[len(replies)]
             replies.append("time-out" if worker.returncode == -signal.SIGPROF else "crash")
             say(f"counted as wrong, because comparing it with {gold!r} ended in a {replies[-1]}: {answer!r}")
@@ -529,13 +532,13 @@ def same_formula(gold, answer):
     The answer may not use a function, sum or integral that the gold lacks: the sine of 30 degrees is wrong for 1/2.
     """
     from math_verify import verify
-    from sympy import Float, Function
+    from sympy import Float, Function, Rel
     from sympy.concrete.expr_with_limits import ExprWithLimits
 
     if gold is None or answer is None or work_left(answer) > work_left(gold):
         return False
     known, used = ({type(part) for part in tree.atoms(Function, ExprWithLimits)} for tree in (gold, answer))
-    if not used <= known:
+    if not used <= known or isinstance(answer, Rel) and answer.count_ops() > gold.count_ops():
         return False
     if isinstance(answer, Float) and gold.is_number:  # a decimal may be rounded
         return abs((gold - answer).evalf(30, maxn=1000)) * 10**6 <= min(1, abs(gold.evalf()))
@@ -678,11 +681,11 @@ def hf_sampler(args, tokenizer, device):
 # ---- The command line ----
 
 FLAGS = (  # name, type, default, help
-    ("model", str, None, "folder in transformers' format, or hub id"),
+    ("model", str, None, "folder or hub id"),
     ("benchmarks", str, "arithmetic", "names, files or hub ids, separated by commas"),
     ("n", int, 1, "completions per problem"),
     ("system_prompt", str, None, "not given: asks for reasoning and a boxed answer"),
-    ("limit", int, None, "use only the first so many problems of each benchmark"),
+    ("limit", int, None, "only the first problems of each benchmark"),
     ("max_new_tokens", int, 1024, "longer completions are cut off"),
     ("temperature", float, 0.6, "of the samples; with n 1 decoding is greedy"),
     ("top_p", float, 0.95, "nucleus sampling"),
@@ -699,7 +702,7 @@ def parse_args():
     parser.error = fail
     for name, kind, default, text in FLAGS:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--compare", nargs=2, metavar="OUT", help="compare two finished evaluations; needs no --model")
+    parser.add_argument("--compare", nargs=2, metavar="OUT", help="compare two finished evaluations")
     args = parser.parse_args()
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
@@ -743,12 +746,13 @@ def main():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     vllm = device.type == "cuda" and find_spec("vllm")
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
-        dist.init_process_group(timeout=timedelta(days=7))
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     settings = {name: getattr(args, name) for name in SETTINGS}
-    say(", ".join(f"{name} {value}" for name, value in settings.items()))
+    say(str(settings))
     say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  pass@k")
     folder, sampler = Path(args.out or os.devnull), None  # in the latter there are no files
     for name, problems in benchmarks.items():
+        settings["benchmark"] = name
         file = folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
         if file.exists():
             records = read_file(file)

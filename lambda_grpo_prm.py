@@ -550,12 +550,13 @@ def micro_batches(lengths, teaches, budget, device):
 
 def join_ranks():
     """Join torchrun's process group, or make one of this process alone. Returns this rank's device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    gpu = torch.cuda.is_available()
+    if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if LAUNCHED else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(timeout=timedelta(hours=1), **alone)  # how long ranks wait for each other
-    return device
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)  # how long ranks wait for each other
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def sum_over_ranks(values, device):
@@ -674,6 +675,7 @@ def save_final(policy, tokenizer, stops, folder):
     for name, tensor in full_weights(policy, dtype):  # all ranks take part
         if RANK == 0 and name in once:
             weights[name] = tensor.cpu()
+    dist.barrier()  # no rank ends while rank 0 still gathers
     if RANK == 0:
         model.generation_config = GenerationConfig(eos_token_id=stops)  # not the old model's top-p, top-k, penalties
         model.save_pretrained(folder, state_dict=weights)

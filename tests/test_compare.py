@@ -73,7 +73,7 @@ def test_the_length_of_wrong_answers(output):
     for rows in compare.results(ARGS)["tree"]["grpo.py"]:
         assert all(-0.1 < row["length"] - row["wrong_length"] < 1.1 for row in rows)
     rewards_of = compare.recording(None, compare.tree_reward, output / "wrong")
-    assert rewards_of(["++=+", "++\\boxed{=", "="], [{"problem": ""}] * 3, None) == [1.0, -0.5, 0.7]
+    assert rewards_of(["++=+", "++\\boxed{=", "="], [{"problem": ""}] * 3) == [1.0, -0.5, 0.7]
     assert json.loads((output / "wrong").read_text()) == {"wrong_length": 2.5}
     assert [compare.tree_reward(text, "") for text in ("++=+", "++=", "+=++", "++=++")] == [1.0, -0.5, 0.7, -0.5]
 

@@ -61,7 +61,7 @@ class Clone:
                 patched(name, folder)
         rows = evaluation.load_problems("arithmetic", "train")[:4]
         for name in {"my.jsonl", *re.findall(r"[\w-]+\.jsonl", README)}:
-            lines = [{**row, "completion": f"\\boxed{{{row['answer']}}}"} for row in rows]  # with what --grade reads
+            lines = [{**row, "completion": f"\\boxed{{{row['answer']}}}"} for row in rows]
             (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def run(self, script, words):

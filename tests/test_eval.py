@@ -12,13 +12,10 @@ import os
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections import namedtuple
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -170,10 +167,10 @@ def test_bad_data(tmp_path, capsys):
     (tmp_path / "deep.jsonl").write_text(good + "[" * 100_000)
     assert "recursion" in refused(capsys, str(tmp_path / "deep.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
-    assert "has the columns (none)" in refused(capsys, str(tmp_path / "empty.jsonl"))
+    assert "it has []" in refused(capsys, str(tmp_path / "empty.jsonl"))
     (tmp_path / "columns.jsonl").write_text('{"text": "1+1?", "answer": "2", "level": 3}\n')
     line = refused(capsys, str(tmp_path / "columns.jsonl"))
-    assert "text, answer, level" in line and "problem, body question" in line
+    assert "['text', 'answer', 'level']" in line and "problem, body question" in line
     (tmp_path / "golds.jsonl").write_text('{"problem": "1+1?", "answer": ""}\n{"problem": "1+2?", "answer": null}\n')
     assert "2 of 2 rows dropped" in refused(capsys, str(tmp_path / "golds.jsonl"))
     (tmp_path / "broken.parquet").write_text("PAR1 or not")
@@ -455,7 +452,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     flags = ("--model", TINY, "--limit", 16, "--n", 4, "--seed", 5, "--max_new_tokens", 64, "--out", "out")
     done = run(*flags[:-1], tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "temperature 0.6, top_p 0.95" in done.stdout and "seed 5" in done.stdout
+    assert "'temperature': 0.6, 'top_p': 0.95, 'seed': 5" in done.stdout
     assert done.stderr == ""  # no progress bar where it would fill a file
     table = next(line for line in done.stdout.splitlines() if re.match(r"arithmetic +16 ", line))
     rows = read_rows(tmp_path / "out" / "arithmetic.jsonl")
@@ -475,6 +472,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
             main(monkeypatch, *flags, *other)
         assert "arithmetic.jsonl has other settings: choose another --out" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"arithmetic.jsonl", "mine.jsonl"}
+    shutil.copy(tmp_path / "mine.jsonl", tmp_path / "arithmetic.jsonl")
+    with pytest.raises(SystemExit):  # two benchmarks of one file
+        main(monkeypatch, *flags, "--benchmarks", "arithmetic,arithmetic.jsonl")
+    assert "arithmetic.jsonl has other settings" in capsys.readouterr().err
 
 
 def test_compare(tmp_path, monkeypatch, capsys):
@@ -527,8 +528,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     cases = [
         (("--model", TINY, "--benchmarks", "nosuch"), "cannot load the data set nosuch"),
         (("--model", TINY, "--benchmarks", "nothing.jsonl"), "No such file"),
-        (("--model", TINY, "--benchmarks", tmp_path / "text.jsonl"), "has the columns text, label"),
-        (("--model", TINY, "--benchmarks", tmp_path / "empty.jsonl"), "has the columns (none)"),
+        (("--model", TINY, "--benchmarks", tmp_path / "text.jsonl"), "it has ['text', 'label']"),
+        (("--model", TINY, "--benchmarks", tmp_path / "empty.jsonl"), "it has []"),
         (("--model", TINY, "--benchmarks", tmp_path / "long.jsonl"), "0 of 1 prompts have 1 to 255 tokens"),
         (("--model", TINY, "--n", 0), "--n must be above 0"),
         (("--model", TINY, "--limit", 0), "--limit must be above 0"),

@@ -386,10 +386,17 @@ def test_a_worker_that_is_killed_costs_one_question(monkeypatch):
     """From outside (by the kernel that is short of memory, say), while it has a question: the others are graded."""
     dies = "ev.same = lambda *pair: os.kill(os.getpid(), signal.SIGKILL) if pair == ('x+2', '2+x') else same(*pair)"
     monkeypatch.setattr(ev, "WORKER", worker_that(dies))
-    pairs = [("x+1", "1+x"), ("x+2", "2+x"), ("x+3", "3+x")]
+    monkeypatch.setattr(ev.os, "cpu_count", lambda: 2)
+    pairs = [(f"x+{n}", f"{n}+x") for n in range(1, 10)]  # enough for two workers
     verdicts = ev.grade([(boxed(answer), gold) for gold, answer in pairs])
-    assert [verdict["why"] for verdict in verdicts] == ["right", "crash", "right"]
-    assert [verdict["correct"] for verdict in verdicts] == [True, False, True]
+    assert [verdict["why"] for verdict in verdicts] == ["right", "crash"] + ["right"] * 7
+    assert [verdict["correct"] for verdict in verdicts] == [True, False] + [True] * 7
+
+
+def test_a_worker_that_dies_after_its_last_reply_costs_nothing(monkeypatch):
+    """Its clock still runs while it ends."""
+    monkeypatch.setattr(ev, "WORKER", worker_that("import atexit; atexit.register(os.kill, os.getpid(), signal.SIGPROF)"))
+    assert [verdict["why"] for verdict in ev.grade([(boxed("x+1"), "1+x"), (boxed("x+2"), "1+x")])] == ["right", "wrong"]
 
 
 def test_worker_that_cannot_start(monkeypatch, capsys):

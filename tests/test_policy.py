@@ -53,6 +53,17 @@ def from_logits(model, input_ids, starts, mask, temperature):
     return chosen.gather(1, where) * mask, entropies.gather(1, where) * mask
 
 
+@pytest.mark.parametrize("accelerator", ["cuda", "mps"])
+def test_ranks_meet_without_a_gpu(script, accelerator, monkeypatch):
+    """Whatever PyTorch was built for: a build for CUDA on a laptop, or a Mac's."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device(accelerator))
+    device = script.join_ranks()
+    try:
+        assert script.sum_over_ranks({"one": 1.0}, device) == {"one": 1.0} and device.type == "cpu"
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_reference_is_sharded_again_after_its_pass(script, trainable):
     """It has no backward pass that would free what FSDP's root gathered; the policy has, and keeps it until then."""

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,10 +79,6 @@ def bad_inputs(tmp_path, script):
 
     good = '{"problem": "1+1?", "answer": "2"}\n'
     (tmp_path / "no_model").mkdir()
-    (tmp_path / "no_weights").mkdir()
-    for file in TINY.iterdir():
-        if not file.name.endswith("safetensors"):
-            shutil.copy(file, tmp_path / "no_weights")
     for name, changes in (("other_script", {"script": "another"}), ("own", {}),
                           ("older", {"no_longer_a_flag": 1}), ("newer", {})):
         (tmp_path / name / "checkpoints" / "step_000025").mkdir(parents=True)
@@ -101,9 +96,9 @@ def bad_inputs(tmp_path, script):
         "prompts without a token": (["--dataset", data("foreign.jsonl", good.replace("1+1?", "one and one"))], "0 of 1 prompts have 1 to 208 tokens"),
         "a solution without a box": (["--dataset", data("solution.jsonl", '{"problem": "1+1?", "solution": "It is two."}\n')], "box"),
         "missing data": (["--dataset", str(tmp_path / "none.jsonl")], "none.jsonl"),
-        "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "id, text"),
+        "other columns": (["--dataset", data("columns.jsonl", '{"id": 1, "text": "x"}\n')], "['id', 'text']"),
         "broken line": (["--dataset", data("broken.jsonl", good + '{"problem": ')], "line 2"),
-        "empty file": (["--dataset", data("empty.jsonl", "")], "(none)"),
+        "empty file": (["--dataset", data("empty.jsonl", "")], "it has []"),
         "long prompts": (["--dataset", data("long.jsonl", good.replace("1+1", "1+1" * 9)), "--max_prompt_tokens", "9"], "0 of 1 prompts have 1 to 9 tokens"),
         "negative seed": (["--seed", "-1"], "--seed"),
         "seed of nanoseconds": (["--seed", "1795730000000000000"], "--seed"),
@@ -362,12 +357,12 @@ def test_copied_elsewhere(first_script, tmp_path):
 
 @pytest.mark.long
 def test_flags_of_a_resumed_run(tmp_path, monkeypatch):
-    """The number of steps may change, and holds for the next resume, too. What stands in args.json counts."""
+    """The number of steps may change, and holds for the next resume, too. The values in args.json count."""
     grpo, run = importlib.import_module("grpo"), tmp_path / "run"
     assert run_here(grpo, quick("grpo", run, 1), monkeypatch) == 0
     assert run_here(grpo, ["grpo.py", "--resume", run, "--steps", 2, "--seed", 0], monkeypatch) == 0
     args = json.loads((run / "args.json").read_text())
-    (run / "args.json").write_text(json.dumps({**args, "lr": 0.001, "steps": 3}))
+    (run / "args.json").write_text(json.dumps({**args, "lr": 0.001, "warmup_steps": 0, "steps": 3}))
     assert run_here(grpo, ["grpo.py", "--resume", run], monkeypatch) == 0
     assert [(row["step"], row["lr"] == 0.001) for row in metrics(run)] == [(1, False), (2, False), (3, True)]
     assert run_here(grpo, ["grpo.py", "--resume", run, "--steps", 4, "--lr", 0.1], monkeypatch) == 2

@@ -106,7 +106,7 @@ def test_micro_batches(script, alone):
     assert script.micro_batches([3, 2, 1, 4], [False] * 4, 90, "cpu") == [[2]]  # a rank without work has one row
 
 
-def test_micro_batches_of_a_rank_that_is_short_of_them(script, alone, monkeypatch):
+def test_micro_batches_are_cut_at_the_same_places(script, alone, monkeypatch):
     """Another rank has longer rows: both cut where that one has to, and still every row is there once."""
     def of_all_ranks(own, how):
         others = torch.tensor(answers.pop(0))
