@@ -378,7 +378,7 @@ def same_quantity(gold, answer):
 def sides(text):
     """The values of an equation, without a name on its left: "x = 3+4 = 7" -> ["3+4", "7"], "7" -> ["7"]."""
     first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
-    name = r"(?!\\not)(\\text\{[\w ]+\}|\\?[a-z]+)(_\{?\w+\}?)?'?(\([-\w,]*\))?"  # x_1, f(n), Area
+    name = r"(?!\\not)(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([-\w,]*\))?"  # x_1, f(n), Area
     name += r"|\([a-z\\]+, ?[a-z\\, ]+\)"  # (x, y)
     return rest if rest and re.fullmatch(name, first, re.I) else [first, *rest]
 
