@@ -126,8 +126,8 @@ def usable(rows, name):
         words = re.findall(r"(?<![\\a-z])[a-z]{2,}", gold, re.I)
         if problem and re.search(r"\w", clean(gold)) and gold.count("{") == gold.count("}") and len(words) <= 12:
             kept.append({**row, "problem": problem, "answer": gold})
-    lost = (f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: a row needs a problem, and an answer of at "
-            "most a dozen words; a solution needs \\boxed{} or ####")
+    lost = (f"{name}: {len(rows) - len(kept)} of {len(rows)} rows dropped: each needs a problem, and an answer of at "
+            "most a dozen words, a solution \\boxed{} or ####")
     check(kept, lost)
     if len(kept) < len(rows):
         say(lost)
@@ -237,7 +237,7 @@ def encode_prompt(tokenizer, problem, system=None):
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             if problem.strip() in text and (system.strip() in text or user not in turns):
                 return tokenizer.encode(text, add_special_tokens=False)
-    fail(f"the chat template of this tokenizer leaves out the problem: {problem[:200]!r}")
+    fail("the chat template of this tokenizer leaves out the problem")
 
 
 def text_config(model):
@@ -261,7 +261,7 @@ def load_prompts(name, split, tokenizer, args):
     A prompt may have args.max_prompt_tokens, which are lowered to what args.model sees without args.max_new_tokens.
     """
     args.max_prompt_tokens = min(args.max_prompt_tokens, context_of(args.model) - args.max_new_tokens)
-    problems, known = load_problems(name, split)[: getattr(args, "limit", None)], text_config(args.model).vocab_size
+    problems, known = load_problems(name, split), text_config(args.model).vocab_size
     for row in tqdm(problems, "encoding prompts", disable=RANK > 0 or None, delay=1, leave=False):
         ids = row["prompt_ids"] = encode_prompt(tokenizer, row["problem"], args.system_prompt)
         check(max(ids, default=0) < known, f"{args.model} knows {known} tokens, and its tokenizer makes more")
@@ -275,22 +275,23 @@ def load_prompts(name, split, tokenizer, args):
 # ---- Grading ----
 
 SIGNS = str.maketrans({
-    "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "≈": r"\approx ",
-    "°": r"\text{degrees}",
+    "×": r"\times ", "π": r"\pi ", "²": "^2", "³": "^3", "°": r"\text{degrees}",
 })
 LAYOUT = (  # (pattern, replacement), one after the other: then what means the same is written the same
     ("[−–]", "-"),
+    (r"√ ?(\d+|\w)", r"\\sqrt{\1}"),
     (r"\\\\", "\0"),  # the end of a matrix's row
-    (r"\\[()\[\]!$]|[$£€`“”\x22]|^\*\*|\*\*$|</?answer>", ""),
+    (r"\\! ?|\\[()\[\]$]|[$£€`“”\x22]|^\*\*|\*\*$|</?answer>", ""),
     (r"\.$", ""),
     (r"\\(left|right|displaystyle|mathbf|boldsymbol)(?![a-z])", ""),
     (r"(\\[,;: ]|\\quad|[~\s])+", " "),
+    (r"\\(mathrm|mbox|text[a-z]*) ?\{ ?", r"\\text{"),
+    (r",? ?(\\text\{|\b)(and|or)\b ?\}? ?", ", "),
     (r"(?<![\w.}^])(\d+) ?/ ?(\d+)(?![\d.])", r"\\frac{\1}{\2}"),  # 1/2
     (r"(?<![\w})\],]) | (?!\w)", ""),  # "x = 5" is "x=5", but "5 cm" stays
-    (r"\\(mathrm|mbox|text[a-z]*)\{", r"\\text{"),
     (r"\^(\\circ|\{\\circ\})", r"\\text{degrees}"),
     (r"\\?%", r"\\text{percent}"),
-    (r",?\\text\{(and|or)\} ?|,? (and|or)\b ?|\{,\}", ","),
+    (r"\{,\}", ","),
     (r"\\[cdt]frac", r"\\frac"),
     (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # \frac12
     (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
@@ -332,7 +333,7 @@ def stated(text):
 
 
 def clean(text):
-    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "x = 5 \mbox{cm}" -> "x=5\text{cm}"."""
+    r"""An answer in one layout: "$8\,178$" -> "8178", "\dfrac12" -> "\frac{1}{2}", "5 \mbox{ cm}" -> "5\text{cm}"."""
     text = text.translate(SIGNS).strip()
     for pattern, replacement in LAYOUT:
         text = re.sub(pattern, replacement, text).strip()
@@ -378,7 +379,7 @@ def same_quantity(gold, answer):
 def sides(text):
     """The values of an equation, without a name on its left: "x = 3+4 = 7" -> ["3+4", "7"], "7" -> ["7"]."""
     first, *rest = [side.strip() for side in re.split(r"=|\\approx\b|\\in\b", text) if side.strip()] or [""]
-    name = r"(?!\\not)(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([-\w,]*\))?"  # x_1, f(n), Area
+    name = r"(?!\\(n[oe]|\w+\([a-z]))(\\text\{[\w ]+\}|\\?[a-z]+)(_\w|_\{[^{}]*\})?'?(\([-\w, ]*\))?"  # x_1, f(n), Area
     name += r"|\([a-z\\]+, ?[a-z\\, ]+\)"  # (x, y)
     return rest if rest and re.fullmatch(name, first, re.I) else [first, *rest]
 
@@ -439,8 +440,8 @@ def grade(pairs):
             verdict["correct"] = judge_text(gold, answer)
             if verdict["correct"] is None:
                 questions.setdefault((gold, answer), []).append(verdict)
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    count = max(1, min(8, cores, len(questions) // 4))  # a worker takes a second to start
+    count = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(questions) // 4)
+    count = max(1, count)  # workers, each of which takes a second to start
     shares = [[*questions][k::count] for k in range(count)]
     with ThreadPoolExecutor(count) as pool:
         for share, replies in zip(shares, pool.map(ask, shares)):
@@ -470,18 +471,19 @@ def ask(questions):
         if questions[len(replies) :]:  # the worker has ended at one of them
             gold, answer = questions[len(replies)]
             replies.append("time-out" if worker.returncode == -signal.SIGPROF else "crash")
-            say(f"counted as wrong, because comparing it with {gold!r} ended in a {replies[-1]}: {answer!r}")
+            say(f"{replies[-1]}, counted as wrong: {answer!r} for {gold!r}")
     return replies
 
 
 def read(text):
     r"""math-verify's tree of a cleaned text, not evaluated, a list sorted. None if it differs from what is written.
 
-    The parser adds adjacent numbers, and works out \gcd: then numbers are missing from the tree.
+    The parser adds adjacent numbers, and works out \gcd: then numbers are missing from the tree. In a formula it may
+    read \gamma as a function without a value.
     """
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify.grader import sort_key
-    from sympy import FiniteSet, Number, Tuple
+    from sympy import FiniteSet, Number, Tuple, nan, zoo
 
     as_written = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     tree = latex2sympy(text, is_real=True, conversion_config=as_written)
@@ -489,7 +491,7 @@ def read(text):
     kept = {abs(part) for number in tree.atoms(Number) for part in (number, *number.as_numer_denom())}
     if isinstance(tree, FiniteSet):  # sympy's comparison would forget how often an element occurs
         tree = Tuple(*sorted(tree._unsorted_args, key=sort_key))
-    return tree if kept.issuperset(map(Number, written)) else None
+    return tree if kept.issuperset(map(Number, written)) and not tree.has(nan, zoo) else None
 
 
 def work_left(tree):
@@ -504,6 +506,8 @@ def work_left(tree):
     left = 0
     for part in preorder_traversal(tree):
         left += part.is_Mul and sum(factor.is_Add for factor in part.args) > 1
+        numbers = sum(term.is_Rational and (term != -1 or part.is_Add) for term in part.args)
+        left += (part.is_Add or part.is_Mul) and numbers > 1  # 1-3, 2·3π
         if part.is_Pow:  # (x+1)^2, a root of 7+4√3
             raised = part.exp.is_Integer and part.exp > 1
             left += part.base.is_Add and bool(raised or part.base.is_number)
@@ -538,7 +542,7 @@ def same_formula(gold, answer):
     if gold is None or answer is None or work_left(answer) > work_left(gold):
         return False
     known, used = ({type(part) for part in tree.atoms(Function, ExprWithLimits)} for tree in (gold, answer))
-    if not used <= known or isinstance(answer, Rel) and answer.count_ops() > gold.count_ops():
+    if not used <= known or gold.has(Rel) and len(answer.atoms()) > len(gold.atoms()):
         return False
     if isinstance(answer, Float) and gold.is_number:  # a decimal may be rounded
         return abs((gold - answer).evalf(30, maxn=1000)) * 10**6 <= min(1, abs(gold.evalf()))
@@ -583,7 +587,7 @@ def evaluate(sampler, tokenizer, problems, n=1, seed=0, temperature=0.0, batch_s
         completions = sampler(prompts, n, (seed * WORLD + RANK) * len(problems) + start, temperature)
         texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
         asked = [pair for pair in batch for _ in range(n)]
-        verdicts = grade([(text, row["answer"]) for text, (_, row) in zip(texts, asked, strict=True)])
+        verdicts = grade([(text, row["answer"]) for text, (_, row) in zip(texts, asked)])
         for (index, row), text, completion, verdict in zip(asked, texts, completions, verdicts):
             record = {"index": index, "problem": row["problem"], "answer": row["answer"], "completion": text}
             records.append({**record, "length": len(completion.ids), "finish": completion.finish, **verdict})
@@ -630,10 +634,8 @@ def vllm_sampler(args, tokenizer, device):
     import vllm
 
     engine = vllm.LLM(
-        args.model, dtype="bfloat16" if device.type == "cuda" else "float32",
-        max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+        args.model, dtype="bfloat16", max_model_len=args.max_prompt_tokens + args.max_new_tokens,
         distributed_executor_backend="external_launcher" if WORLD > 1 else None,
-        enforce_eager=device.type == "cpu",
     )
     stops = stop_tokens(args.model, tokenizer)
 
@@ -689,8 +691,8 @@ FLAGS = (  # name, type, default, help
     ("max_new_tokens", int, 1024, "longer completions are cut off"),
     ("temperature", float, 0.6, "of the samples; with n 1 decoding is greedy"),
     ("top_p", float, 0.95, "nucleus sampling"),
-    ("seed", int, 0, "seed of the sampling"),
-    ("out", str, None, "folder to keep all completions in"),
+    ("seed", int, 0, "of the sampling"),
+    ("out", str, None, "folder for all completions"),
 )
 SETTINGS = ("model", "system_prompt", "n", "limit", "max_new_tokens", "temperature", "top_p", "seed")  # in every row
 
@@ -716,9 +718,7 @@ def parse_args():
 
 def compare(first, second):
     """Print the difference in accuracy, second minus first, on each benchmark of the first folder."""
-    files = sorted(Path(first).glob("*.jsonl"))
-    check(files, f"--compare: {first} has no finished benchmark")
-    for file in files:
+    for file in sorted(Path(first).glob("*.jsonl")) or fail(f"{first} has no finished benchmark"):
         rows = [read_file(file), read_file(Path(second, file.name))]
         problems = [list(dict.fromkeys(row["problem"] for row in part)) for part in rows]
         check(problems[0] == problems[1], f"{file.name} has other problems in {second}")
@@ -735,7 +735,7 @@ def main():
         return compare(*args.compare)
     tokenizer, args.max_prompt_tokens = load_tokenizer(args.model), math.inf
     most, args.max_new_tokens = args.max_new_tokens, 1  # enough for load_prompts
-    benchmarks = {name: load_prompts(name, "test", tokenizer, args) for name in args.benchmarks.split(",")}
+    benchmarks = {name: load_prompts(name, "test", tokenizer, args)[: args.limit] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
     import torch

@@ -196,7 +196,7 @@ def test_solutions_and_proofs(tmp_path, capsys):
     path = tmp_path / "solution.jsonl"
     path.write_text("".join(json.dumps({"problem": problem, "solution": text}) + "\n" for problem, text in rows))
     assert [row["answer"] for row in ev.load_problems(str(path))] == ["2", "6", "8", "x+1"]
-    assert "1 of 5 rows dropped" in (said := capsys.readouterr().out) and "a solution needs \\boxed{}" in said
+    assert "1 of 5 rows dropped" in (said := capsys.readouterr().out) and "a solution \\boxed{}" in said
     proof = "By induction on the number of vertices every tree has one edge less than vertices, which was to be shown"
     formula = "f(x)=a x+b, where b is an arbitrary integer, a is an arbitrary positive integer"
     path.write_text("".join(json.dumps({"problem": "Show it.", "answer": text}) + "\n" for text in (proof, formula)))
@@ -268,7 +268,7 @@ def test_template_that_leaves_out_the_problem(content, capsys):
     """It knows lists of parts alone, or other names of the roles: no prompt can be made of it."""
     with pytest.raises(SystemExit):
         ev.encode_prompt(make_tokenizer(TURNS.replace("{{ m.content }}", content)), "1+1?")
-    assert "leaves out the problem: '1+1?'" in capsys.readouterr().err
+    assert "leaves out the problem" in capsys.readouterr().err
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -167,7 +167,12 @@ def test_alarm_when_the_prefix_cache_is_stale(stale, tmp_path):
 
 def test_evaluation(tmp_path):
     """eval.py with vLLM: greedy completions are transformers', with one engine, and with one for each of two ranks."""
-    (driver := tmp_path / "driver.py").write_text("import eval\neval.hf_sampler = eval.vllm_sampler  # as on a GPU\neval.main()\n")
+    (driver := tmp_path / "driver.py").write_text("""import eval, vllm
+LLM = vllm.LLM
+vllm.LLM = lambda *model, **how: LLM(*model, **{**how, "dtype": "float32"}, enforce_eager=True)
+eval.hf_sampler = eval.vllm_sampler  # as on a GPU
+eval.main()
+""")
     asked = ["--model", TINY, "--limit", 12, "--max_new_tokens", 48]
     completions = {}
     for name, script, ranks in (("hf", "eval.py", None), ("one", driver, None), ("ranks", driver, 2)):
