@@ -275,7 +275,7 @@ def load_prompts(name, split, tokenizer, args):
 # ---- Grading ----
 
 SIGNS = str.maketrans({
-    "×": r"\times ", "π": r"\pi ", "²": "^2", "³": "^3", "°": r"\text{degrees}",
+    "×": r"\times ", "π": r"\pi ", "∞": r"\infty ", "²": "^2", "³": "^3", "°": r"\text{degrees}",
 })
 LAYOUT = (  # (pattern, replacement), one after the other: then what means the same is written the same
     ("[−–]", "-"),
