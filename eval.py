@@ -15,7 +15,6 @@ it is installed. The table has one row per benchmark:
                ± its standard error over problems
     length     mean number of tokens per completion
     truncated  share of completions that were cut off at --max_new_tokens
-    no box     share of completions without a \\boxed answer
     pass@k     probability that at least one of k completions is right (unbiased estimate from n),
                for k = 1, 2, 4, .. n
 
@@ -162,7 +161,7 @@ def read_file(path):
             text = "[" + re.sub(r"\n(?!\s*\n)", ",\n", text) + "]"
         return [dict(row) for row in json.loads(text)]
     except Exception as error:  # of half a dozen kinds
-        fail(f"cannot read {path} as .parquet, JSON lines or a JSON array of objects: {error}")
+        fail(f"cannot read {path} as .parquet, JSON lines or a JSON array: {error}")
 
 
 def read_hub(name, split):
@@ -306,7 +305,7 @@ NO_UNITS = tuple("less times minus plus thirds halves quarters ths pairs dozens 
                  "illions".split())  # endings
 NUMBER = re.compile(
     r"([-+]?)(?:(\d*)\\frac\{(-?\d+)\}\{(\d+)\}|(\d+\.?\d*|\.\d+))"  # 1\frac{1}{2} or 12.5
-    r"(?:(?:\\times|\\cdot|\*) ?10\^\{?(-?\d{1,4})\}?)?"  # \times 10^{-3}
+    r"(?:(?:(?:\\times|\\cdot|\*) ?10\^\{?|[eE]\+?)(-?\d{1,4})\}?)?"  # \times 10^{-3} or e-3
 )
 
 
@@ -425,15 +424,15 @@ def grade(pairs):
     6. A grading that takes 3 seconds of computing or 0.5 GB of memory is stopped. It counts as wrong, and so does an
        absurdly long answer.
 
-    A verdict: {"correct", "extracted": the answer or None, "boxed": whether there is a box, "why": what decided}, as in
-    the rows of --out. The same answer to the same gold is compared by math-verify only once.
+    A verdict: {"correct", "extracted": the answer or None, "why": what decided}, as in the rows of --out. The same
+    answer to the same gold is compared by math-verify only once.
     """
     verdicts, questions = [], {}  # (gold, answer): the verdicts that wait for a worker
     for completion, gold in pairs:
         seen = re.split(r"<think\w*>", re.split(r"</think\w*>", completion)[-1])[0]  # without thoughts
         gold, box = clean(gold), last_boxed(seen)
         answer = stated(seen) if box is None else box
-        verdict = {"correct": False, "extracted": answer, "boxed": box is not None, "why": "text"}
+        verdict = {"correct": False, "extracted": answer, "why": "text"}
         verdicts.append(verdict)
         if answer is not None and len(answer) <= 400 + 4 * len(gold):
             answer = clean(answer)
@@ -444,8 +443,8 @@ def grade(pairs):
     count = max(1, count)  # workers, each of which takes a second to start
     shares = [[*questions][k::count] for k in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        for share, replies in zip(shares, pool.map(ask, shares)):
-            for question, reply in zip(share, replies):
+        for replies in pool.map(ask, shares):
+            for question, reply in replies.items():
                 for verdict in questions[question]:
                     verdict.update(correct=reply == "right", why=reply)
     return verdicts
@@ -455,23 +454,23 @@ WORKER = [sys.executable, os.path.abspath(__file__), "--worker", "3"]  # seconds
 
 
 def ask(questions):
-    """A worker's replies to (gold, answer) pairs: right, wrong, time-out or crash (rank 0 names the last two).
+    """{(gold, answer): a worker's reply}, which is right, wrong, time-out or crash. Rank 0 names the last two.
 
     After a time-out or a crash another worker goes on.
     """
-    replies = []
-    while len(replies) < len(questions):
+    replies = {}
+    while left := questions[len(replies) :]:
         worker = subprocess.run(
-            WORKER, input=json.dumps(questions[len(replies) :]), stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"}, start_new_session=True,  # sympy depends on the order of sets
+            WORKER, input=json.dumps(left), stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy depends on the order of sets
         )
         if worker.returncode > 0:
-            fail("the grader's worker failed, with the message above", 1)
-        replies += worker.stdout.split()
-        if questions[len(replies) :]:  # the worker has ended at one of them
-            gold, answer = questions[len(replies)]
-            replies.append("time-out" if worker.returncode == -signal.SIGPROF else "crash")
-            say(f"{replies[-1]}, counted as wrong: {answer!r} for {gold!r}")
+            fail("the grader's worker failed: see above", 1)
+        replies |= zip(left, worker.stdout.split())
+        if len(replies) < len(questions):  # the worker has ended at this question
+            gold, answer = stopped = questions[len(replies)]
+            replies[stopped] = "time-out" if worker.returncode == -signal.SIGPROF else "crash"
+            say(f"{replies[stopped]}, counted as wrong: {answer!r} for {gold!r}")
     return replies
 
 
@@ -604,7 +603,7 @@ def summarize(records):
     """Statistics of graded completions, whose `index` tells which of them answer the same problem.
 
     Keys: accuracy; standard_error (over problems; nan for a single one); pass_at_k (unbiased, {1: .., 2: .., 4: ..});
-    length (mean tokens); truncated, no_box (shares); problems; n; means (per problem); records.
+    length (mean tokens); truncated (share); problems; n; means (per problem); records.
     """
     groups = {}
     for record in records:
@@ -620,7 +619,6 @@ def summarize(records):
         "pass_at_k": {2**power: pass_at(2**power) for power in range(n.bit_length())},
         "length": statistics.fmean(record["length"] for record in records),
         "truncated": statistics.fmean(record["finish"] == "length" for record in records),
-        "no_box": statistics.fmean(not record["boxed"] for record in records),
         "problems": len(groups), "n": n, "means": means, "records": records,
     }
 
@@ -694,7 +692,6 @@ FLAGS = (  # name, type, default, help
     ("seed", int, 0, "of the sampling"),
     ("out", str, None, "folder for all completions"),
 )
-SETTINGS = ("model", "system_prompt", "n", "limit", "max_new_tokens", "temperature", "top_p", "seed")  # in every row
 
 
 def parse_args():
@@ -738,6 +735,8 @@ def main():
     benchmarks = {name: load_prompts(name, "test", tokenizer, args)[: args.limit] for name in args.benchmarks.split(",")}
     args.max_prompt_tokens = max(len(row["prompt_ids"]) for rows in benchmarks.values() for row in rows)
     args.max_new_tokens = min(most, context_of(args.model) - args.max_prompt_tokens)
+    others = ("benchmarks", "out", "compare", "max_prompt_tokens")
+    settings = {name: value for name, value in vars(args).items() if name not in others}  # they are kept in every row
     import torch
     import torch.distributed as dist
 
@@ -747,13 +746,11 @@ def main():
     vllm = device.type == "cuda" and find_spec("vllm")
     if WORLD > 1:  # the ranks meet only when a benchmark is done, however long that takes
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    settings = {name: getattr(args, name) for name in SETTINGS}
     say(str(settings))
-    say(f"{'benchmark':<24}  problems  avg@n          length  truncated  no box  pass@k")
+    say(f"{'benchmark':<24}  problems  avg@n          length  truncated  pass@k")
     folder, sampler = Path(args.out or os.devnull), None  # in the latter there are no files
     for name, problems in benchmarks.items():
-        settings["benchmark"] = name
-        file = folder / (re.sub(r"[^\w.-]+", "_", name.removesuffix(".jsonl")) + ".jsonl")
+        file = folder / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
         if file.exists():
             records = read_file(file)
             check(settings.items() <= records[0].items(), f"{file} has other settings: choose another --out")
@@ -767,7 +764,7 @@ def main():
                 aside.write_text("".join(json.dumps({**settings, **row}) + "\n" for row in result["records"]))
                 aside.rename(file)  # so a file of that name is whole
         say("{:<24}  {problems:>8}  {accuracy:.3f} ± {standard_error:.3f}  {length:>6.0f}  {truncated:>9.3f}  "
-            "{no_box:>6.3f}  ".format(name, **result)
+            .format(name, **result)
             + "  ".join(f"{k}: {chance:.3f}" for k, chance in result["pass_at_k"].items()))
 
 

@@ -615,6 +615,8 @@ def parse_args():
     check(args.clip_low < 1 <= args.tis_cap, "--clip_low must be below 1, --tis_cap at least 1")
     check(args.temperature > 0, "--temperature must be above 0")
     check(args.prompts_per_step % WORLD == 0, f"--prompts_per_step must be a multiple of the {WORLD} ranks")
+    check(args.sampler != "vllm" or find_spec("vllm"), "--sampler vllm needs the package vllm")
+    check(args.resume or not Path(args.output_dir or os.devnull, "checkpoints").exists(), "--output_dir holds a run")
     check(args.gamma <= 1 and args.lam <= 1, "--gamma and --lam must be in [0, 1]")  # λ:
     check(args.min_advantage <= 0, "--min_advantage must be 0 or below; --min_advantage=-inf does not clamp")  # λ:
     return args

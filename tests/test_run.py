@@ -113,6 +113,8 @@ def bad_inputs(tmp_path, script):
         "unknown loss": (["--loss", "ppo"], "dr_grpo") if script.SCRIPT == "grpo" else (["--clip_high", "x"], "--clip_high"),
         "clip above 1": (["--clip_low", "1.5"], "--clip_low"),
         "negative learning rate": (["--lr", "-1e-6"], "--lr"),
+        "sampler that is not there": (["--sampler", "vllm"], "vllm"),
+        "folder of another run": (["--output_dir", str(tmp_path / "own")], "holds a run"),
         "resume without checkpoint": (["--resume", str(tmp_path / "no_model")], "checkpoint"),
         "resume another script": (["--resume", str(tmp_path / "other_script")], "another script or version"),
         "resume another model": (["--resume", str(tmp_path / "own"), "--model", "some/model"], "leave out --model"),
@@ -372,6 +374,8 @@ def test_folder_of_another_run(tmp_path, monkeypatch):
     """A second new run is refused, also if the first one has just begun."""
     grpo = importlib.import_module("grpo")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert run_here(grpo, quick("grpo", tmp_path / "run", 1), monkeypatch) == 2
+    monkeypatch.setattr(grpo, "check", lambda *_: None)  # as if both had begun at the same time
     with pytest.raises(FileExistsError, match="checkpoints"):
         run_here(grpo, quick("grpo", tmp_path / "run", 1), monkeypatch)
 
