@@ -546,7 +546,7 @@ def join_ranks():
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if LAUNCHED else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "nccl" if gpu else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)  # how long ranks wait for each other
     return torch.device("cuda" if gpu else "cpu")
 
