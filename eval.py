@@ -160,7 +160,7 @@ def read_file(path):
         if not text.startswith("["):  # JSON lines, some of them blank; an error then names the line or the next
             text = "[" + re.sub(r"\n(?!\s*\n)", ",\n", text) + "]"
         return [dict(row) for row in json.loads(text)]
-    except Exception as error:  # of half a dozen kinds
+    except Exception as error:  # of half a dozen kinds, and all mean that the file cannot be read
         fail(f"cannot read {path} as .parquet, JSON lines or a JSON array: {error}")
 
 
@@ -454,9 +454,9 @@ WORKER = [sys.executable, os.path.abspath(__file__), "--worker", "3"]  # seconds
 
 
 def ask(questions):
-    """{(gold, answer): a worker's reply}, which is right, wrong, time-out or crash. Rank 0 names the last two.
+    """{(gold, answer): a worker's reply} for distinct pairs. A reply is right, wrong, time-out or crash.
 
-    After a time-out or a crash another worker goes on.
+    After a time-out or a crash another worker goes on, and rank 0 prints the pair.
     """
     replies = {}
     while left := questions[len(replies) :]:
@@ -477,8 +477,8 @@ def ask(questions):
 def read(text):
     r"""math-verify's tree of a cleaned text, not evaluated, a list sorted. None if it differs from what is written.
 
-    The parser adds adjacent numbers, and works out \gcd: then numbers are missing from the tree. In a formula it may
-    read \gamma as a function without a value.
+    The parser adds adjacent numbers, and works out \gcd: then numbers are missing from the tree. It may also read
+    \gamma as a function that has no value there.
     """
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify.grader import sort_key
@@ -685,7 +685,7 @@ FLAGS = (  # name, type, default, help
     ("benchmarks", str, "arithmetic", "names, files or hub ids, separated by commas"),
     ("n", int, 1, "completions per problem"),
     ("system_prompt", str, None, "not given: asks for reasoning and a boxed answer"),
-    ("limit", int, None, "only the first problems of each benchmark"),
+    ("limit", int, None, "at most so many problems per benchmark"),
     ("max_new_tokens", int, 1024, "longer completions are cut off"),
     ("temperature", float, 0.6, "of the samples; with n 1 decoding is greedy"),
     ("top_p", float, 0.95, "nucleus sampling"),

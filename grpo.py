@@ -496,8 +496,9 @@ def full_weights(policy, dtype):
 def micro_batches(lengths, teaches, budget, device):
     """Sort the rows that teach by length; cut them into micro-batches [row, ...] of `budget` tokens, padding included.
 
-    Padding may take a sixteenth of the budget. FSDP needs equally many micro-batches on every rank. So all ranks keep
-    equally many rows (short ones without a gradient fill up), and cut them in the same places.
+    FSDP needs equally many micro-batches on every rank. So all ranks keep equally many rows (short ones without a
+    gradient fill up), and cut them at the same places. There padding may take a sixteenth of the budget, counted with
+    the longest k-th row of all ranks for each k; a rank with shorter rows pads more.
     """
     count = torch.tensor(max(1, sum(teaches)), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
